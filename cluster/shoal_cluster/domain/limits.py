@@ -1,0 +1,51 @@
+"""Every bound of the system, with its reason. Nothing in Shoal grows without one of these."""
+
+KIB = 1024
+MIB = 1024 * KIB
+
+# Names and schema
+NAME_LENGTH_MAX = 64
+DIMENSION_MIN, DIMENSION_MAX = 2, 4096
+SHARDS_MAX = 1024
+REPLICAS_MAX = 8
+ATTRIBUTES_MAX = 64
+RECALL_TARGET_MIN, RECALL_TARGET_MAX = 0.5, 1.0
+
+# Points
+POINT_ID_BYTES_MAX = 256
+KEYWORD_BYTES_MAX = 1024
+KEYWORD_LIST_LENGTH_MAX = 256
+PAYLOAD_BYTES_MAX = 256 * KIB
+
+# Requests. gRPC messages are refused above REQUEST_BYTES_MAX before they are decoded.
+BATCH_POINTS_MAX = 1000
+REQUEST_BYTES_MAX = 32 * MIB
+SEARCH_K_MAX = 1000
+SEARCH_BATCH_MAX = 256
+SCROLL_LIMIT_MAX = 1000
+FILTER_NODES_MAX = 1000
+FILTER_DEPTH_MAX = 32
+FILTER_VALUES_MAX = 10_000
+DELETE_BY_FILTER_MAX = 10_000
+"""Rows one delete-by-filter pass removes from a shard; the coordinator repeats until none is left."""
+
+# WAL: one PUT in flight per shard, so a record is as large as what queued meanwhile.
+WAL_RECORD_BYTES_MAX = 8 * MIB
+WAL_RECORD_OPS_MAX = 5000
+WAL_QUEUE_BYTES_MAX = 64 * MIB
+WAL_TAIL_BYTES_MAX = 64 * MIB
+"""Bounds takeover work: past this a seal is forced and writes wait for it."""
+WAL_REPLAY_WINDOW = 16
+
+# Memtable: searched exactly, so its size is a latency bound (8,192 × 384 floats: about 1 ms).
+MEMTABLE_ROWS_MAX = 8192
+MEMTABLE_BYTES_MAX = 16 * MIB
+MEMTABLES_FROZEN_MAX = 4
+
+# Deduplication of retried writes, per shard.
+DEDUP_CLIENTS_MAX = 256
+DEDUP_REQUESTS_PER_CLIENT_MAX = 32
+
+# Links
+FRAME_BYTES_MAX = 64 * MIB
+LINK_IN_FLIGHT_MAX = 4096

@@ -1,0 +1,100 @@
+"""Rows as they travel: a point, where it came from, and the checksum that follows it everywhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgpack
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from shoal_cluster.domain.ids import PointId
+from shoal_cluster.domain.schema import AttributeValue
+
+Vector = npt.NDArray[np.float32]
+"""C-contiguous float32 of shape (dimension,)."""
+
+Vectors = npt.NDArray[np.float32]
+"""C-contiguous float32 of shape (n, dimension)."""
+
+SUM_MODULUS = 1 << 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a row came from. Times are milliseconds since 1970-01-01 UTC; 0 and "" mean unknown."""
+
+    source_id: str = ""
+    source_version: str = ""
+    source_changed_at_ms: int = 0
+    embedded_at_ms: int = 0
+
+
+NO_PROVENANCE = Provenance()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One version of one point.
+
+    vector is stored as the index wants it (unit length under cosine); `norm` is the length the
+    caller's vector had (1.0 for other metrics), so that it can be given back unchanged.
+    payload is an opaque JSON object in UTF-8, "" when absent. seq is the shard's sequence number.
+    """
+
+    id: PointId
+    seq: int
+    vector: Vector
+    norm: float
+    attributes: Mapping[str, AttributeValue]
+    payload: bytes
+    provenance: Provenance
+
+
+def encode_tail(
+    norm: float,
+    attributes: Mapping[str, AttributeValue],
+    payload: bytes,
+    provenance: Provenance,
+) -> bytes:
+    """Returns the canonical bytes of everything in a row but its id, seq and vector.
+
+    Attributes are sorted by name so that equal rows have equal bytes. The tail is written once, at
+    the primary, and copied verbatim from WAL to segment to segment.
+    """
+    origin = None
+    if provenance != NO_PROVENANCE:
+        origin = [
+            provenance.source_id,
+            provenance.source_version,
+            provenance.source_changed_at_ms,
+            provenance.embedded_at_ms,
+        ]
+    packed: bytes = msgpack.packb([norm, dict(sorted(attributes.items())), payload, origin])
+    return packed
+
+
+def decode_tail(tail: bytes) -> tuple[float, dict[str, AttributeValue], bytes, Provenance]:
+    """Reverses `encode_tail`."""
+    norm, attributes, payload, origin = msgpack.unpackb(tail)
+    if origin is None:
+        return norm, attributes, payload, NO_PROVENANCE
+    provenance = Provenance(
+        source_id=origin[0],
+        source_version=origin[1],
+        source_changed_at_ms=origin[2],
+        embedded_at_ms=origin[3],
+    )
+    return norm, attributes, payload, provenance
+
+
+def row_hash(row_id: bytes, seq: int, vector: bytes | memoryview, tail: bytes) -> int:
+    """Returns the 64-bit hash of one row version that set checksums add up modulo 2**64.
+
+    row_id: the id in UTF-8. vector: the stored float32 bytes. tail: `encode_tail`. A change of any
+    byte of a row changes the sum.
+    """
+    digest = xxhash.xxh3_64(seq.to_bytes(8, "little") + len(row_id).to_bytes(2, "little") + row_id)
+    digest.update(vector)
+    digest.update(tail)
+    return digest.intdigest()

@@ -1,0 +1,97 @@
+"""What a manifest says: the sealed state of one shard at one version. Pure values.
+
+Invariants are in manifest/README.md and manifest/invariants.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from shoal_cluster.domain.ids import Epoch, ManifestVersion, SegmentId, Seq, Slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileEntry:
+    """One immutable object of a segment. name: `vectors`, `codes`, …; key: its place in the bucket."""
+
+    name: str
+    key: str
+    size_bytes: int
+    sha256: str
+
+    def to_wire(self) -> list[Any]:
+        return [self.name, self.key, self.size_bytes, self.sha256]
+
+    @staticmethod
+    def from_wire(fields: list[Any]) -> "FileEntry":
+        return FileEntry(name=fields[0], key=fields[1], size_bytes=fields[2], sha256=fields[3])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentEntry:
+    """One segment as the manifest lists it.
+
+    rows: rows in the files, dead ones included. dead: rows that `tombstones` marks dead; 0 and None
+    go together. sum: set checksum (domain/point.py row_hash) of the live rows.
+    """
+
+    id: SegmentId
+    files: tuple[FileEntry, ...]
+    rows: int
+    min_seq: Seq
+    max_seq: Seq
+    tombstones: FileEntry | None
+    dead: int
+    sum: int
+
+    @property
+    def live(self) -> int:
+        return self.rows - self.dead
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "files": [file.to_wire() for file in self.files],
+            "rows": self.rows,
+            "min_seq": self.min_seq,
+            "max_seq": self.max_seq,
+            "tombstones": None if self.tombstones is None else self.tombstones.to_wire(),
+            "dead": self.dead,
+            "sum": self.sum,
+        }
+
+    @staticmethod
+    def from_wire(fields: Mapping[str, Any]) -> "SegmentEntry":
+        tombstones = fields["tombstones"]
+        return SegmentEntry(
+            id=fields["id"],
+            files=tuple(FileEntry.from_wire(file) for file in fields["files"]),
+            rows=fields["rows"],
+            min_seq=fields["min_seq"],
+            max_seq=fields["max_seq"],
+            tombstones=None if tombstones is None else FileEntry.from_wire(tombstones),
+            dead=fields["dead"],
+            sum=fields["sum"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """The sealed state of a shard: everything up to and including `floor_slot` is in `segments`.
+
+    parent_put_id chains versions; put_id is this version's own. floor_seq: the last sequence number
+    at or before floor_slot. dedup: answered requests as of floor_slot (shard/dedup.py).
+    schema_version: the collection schema the segments were built with. sum: set checksum of all
+    live rows, equal to the sum of the segments' sums modulo 2**64.
+    """
+
+    version: ManifestVersion
+    parent_put_id: bytes
+    put_id: bytes
+    epoch: Epoch
+    floor_slot: Slot
+    floor_seq: Seq
+    segments: tuple[SegmentEntry, ...]
+    dedup: Any
+    schema_version: int
+    sum: int
