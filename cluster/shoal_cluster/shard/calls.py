@@ -1,0 +1,350 @@
+"""What coordinators and shard servers say to each other over links: one class a message.
+
+A message travels as a msgpack header (`to_wire`) and a raw body of float32 bytes (`body`), so that
+vectors are never re-encoded. Ids are UTF-8 bytes on the wire. Filters are the wire form of
+filtering/expression.py. Sequence numbers are per shard. Methods: the `METHOD` of each call.
+
+    SEARCH -> SearchReply   GET -> RowsReply    SCROLL -> RowsReply   COUNT -> CountReply
+    WRITE  -> WriteReply
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ShardNumber
+from shoal_cluster.domain.session import ORIGIN, Consistency, Position
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLevel:
+    """How fresh a read must be. at_least: the session token's position of this shard."""
+
+    consistency: Consistency = Consistency.EVENTUAL
+    at_least: Position = ORIGIN
+
+    def to_wire(self) -> list[Any]:
+        return [self.consistency.value, self.at_least.epoch, self.at_least.seq]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "ReadLevel":
+        return ReadLevel(
+            consistency=Consistency(fields[0]),
+            at_least=Position(Epoch(fields[1]), Seq(fields[2])),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchCall:
+    """Asks one shard for its top k of each query; body: (queries, dimension) float32.
+
+    Queries are as the index wants them (unit length under cosine). recall_target None means the
+    collection's own. filter None means every row.
+    """
+
+    METHOD: ClassVar[str] = "search"
+    collection: CollectionId
+    shard: ShardNumber
+    k: int
+    filter: Any = None
+    exact: bool = False
+    recall_target: float | None = None
+    with_payload: bool = False
+    with_vector: bool = False
+    explain: bool = False
+    level: ReadLevel = ReadLevel()
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.collection,
+            self.shard,
+            self.k,
+            self.filter,
+            self.exact,
+            self.recall_target,
+            self.with_payload,
+            self.with_vector,
+            self.explain,
+            self.level.to_wire(),
+        ]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "SearchCall":
+        return SearchCall(
+            collection=fields[0],
+            shard=fields[1],
+            k=fields[2],
+            filter=fields[3],
+            exact=fields[4],
+            recall_target=fields[5],
+            with_payload=fields[6],
+            with_vector=fields[7],
+            explain=fields[8],
+            level=ReadLevel.from_wire(fields[9]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AsOf:
+    """What a reply reflects. staleness_ms: since the replica was last known to be at the tail."""
+
+    position: Position
+    staleness_ms: float
+
+    def to_wire(self) -> list[Any]:
+        return [self.position.epoch, self.position.seq, self.staleness_ms]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "AsOf":
+        return AsOf(position=Position(fields[0], fields[1]), staleness_ms=fields[2])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchReply:
+    """Hits of all queries laid end to end; query i owns the next counts[i] of them.
+
+    keys: float32 bytes, ascending within a query (smaller is better: minus inner product, or
+    squared distance), ties by id. tails: domain/point.py tails, parallel to ids, when payloads were
+    asked for. Body: vectors of all hits (hits, dimension) float32 when asked for, as stored (unit
+    length under cosine; the norm is in the tail). explain: a map, see shard/search.py.
+    search_us: microseconds spent in the shard, by stage.
+    """
+
+    counts: Sequence[int]
+    ids: Sequence[bytes]
+    keys: bytes
+    seqs: Sequence[int]
+    tails: Sequence[bytes] | None
+    as_of: AsOf
+    explain: Mapping[str, Any] | None = None
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.counts,
+            self.ids,
+            self.keys,
+            self.seqs,
+            self.tails,
+            self.as_of.to_wire(),
+            self.explain,
+        ]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "SearchReply":
+        return SearchReply(
+            counts=fields[0],
+            ids=fields[1],
+            keys=fields[2],
+            seqs=fields[3],
+            tails=fields[4],
+            as_of=AsOf.from_wire(fields[5]),
+            explain=fields[6],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetCall:
+    """Asks for rows by id; ids that are not there are simply missing from the reply."""
+
+    METHOD: ClassVar[str] = "get"
+    collection: CollectionId
+    shard: ShardNumber
+    ids: Sequence[bytes]
+    with_vector: bool = False
+    level: ReadLevel = ReadLevel()
+
+    def to_wire(self) -> list[Any]:
+        return [self.collection, self.shard, self.ids, self.with_vector, self.level.to_wire()]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "GetCall":
+        return GetCall(
+            collection=fields[0],
+            shard=fields[1],
+            ids=fields[2],
+            with_vector=fields[3],
+            level=ReadLevel.from_wire(fields[4]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScrollCall:
+    """Asks for up to `limit` rows with id > after (b"" for the start), in byte order of ids."""
+
+    METHOD: ClassVar[str] = "scroll"
+    collection: CollectionId
+    shard: ShardNumber
+    after: bytes
+    limit: int
+    filter: Any = None
+    with_vector: bool = False
+    level: ReadLevel = ReadLevel()
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.collection,
+            self.shard,
+            self.after,
+            self.limit,
+            self.filter,
+            self.with_vector,
+            self.level.to_wire(),
+        ]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "ScrollCall":
+        return ScrollCall(
+            collection=fields[0],
+            shard=fields[1],
+            after=fields[2],
+            limit=fields[3],
+            filter=fields[4],
+            with_vector=fields[5],
+            level=ReadLevel.from_wire(fields[6]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsReply:
+    """Rows, parallel arrays; body: vectors (rows, dimension) float32 as stored when asked for."""
+
+    ids: Sequence[bytes]
+    seqs: Sequence[int]
+    tails: Sequence[bytes]
+    as_of: AsOf
+
+    def to_wire(self) -> list[Any]:
+        return [self.ids, self.seqs, self.tails, self.as_of.to_wire()]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "RowsReply":
+        return RowsReply(
+            ids=fields[0], seqs=fields[1], tails=fields[2], as_of=AsOf.from_wire(fields[3])
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountCall:
+    METHOD: ClassVar[str] = "count"
+    collection: CollectionId
+    shard: ShardNumber
+    filter: Any = None
+    level: ReadLevel = ReadLevel()
+
+    def to_wire(self) -> list[Any]:
+        return [self.collection, self.shard, self.filter, self.level.to_wire()]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "CountCall":
+        return CountCall(
+            collection=fields[0],
+            shard=fields[1],
+            filter=fields[2],
+            level=ReadLevel.from_wire(fields[3]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CountReply:
+    rows: int
+    as_of: AsOf
+
+    def to_wire(self) -> list[Any]:
+        return [self.rows, self.as_of.to_wire()]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "CountReply":
+        return CountReply(rows=fields[0], as_of=AsOf.from_wire(fields[1]))
+
+
+class WriteKind(enum.Enum):
+    UPSERT = "upsert"
+    PATCH = "patch"
+    DELETE = "delete"
+    DELETE_WHERE = "delete_where"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteCall:
+    """One request's writes to one shard: atomic, in one WAL record. Goes to the primary.
+
+    (client_id, request_no) names the request for ever; sending it again returns the first answer.
+    UPSERT: ids, tails (domain/point.py encode_tail) and body (n, dimension) float32 as stored.
+    PATCH: ids and patches, one map of attributes to set (None removes) per id; ids not there are
+    skipped. DELETE: ids. DELETE_WHERE: filter; removes at most DELETE_BY_FILTER_MAX rows.
+    if_absent: refuse (Conflict) when any id exists. if_seqs: refuse unless each id's row has
+    exactly this seq (0: absent).
+    """
+
+    METHOD: ClassVar[str] = "write"
+    collection: CollectionId
+    shard: ShardNumber
+    client_id: str
+    request_no: int
+    kind: WriteKind
+    ids: Sequence[bytes] = ()
+    tails: Sequence[bytes] = ()
+    patches: Sequence[Mapping[str, Any]] = ()
+    filter: Any = None
+    if_absent: bool = False
+    if_seqs: Sequence[int] | None = None
+    body: bytes | memoryview = field(default=b"", repr=False)
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.collection,
+            self.shard,
+            self.client_id,
+            self.request_no,
+            self.kind.value,
+            self.ids,
+            self.tails,
+            self.patches,
+            self.filter,
+            self.if_absent,
+            self.if_seqs,
+        ]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any], body: bytes | memoryview) -> "WriteCall":
+        return WriteCall(
+            collection=fields[0],
+            shard=fields[1],
+            client_id=fields[2],
+            request_no=fields[3],
+            kind=WriteKind(fields[4]),
+            ids=fields[5],
+            tails=fields[6],
+            patches=fields[7],
+            filter=fields[8],
+            if_absent=fields[9],
+            if_seqs=fields[10],
+            body=body,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WriteReply:
+    """position: of the request's last operation (merge it into the session token).
+
+    first_seq: of its first operation. affected: rows written, patched or deleted. more: a
+    DELETE_WHERE left matching rows; send another with a fresh request number.
+    """
+
+    position: Position
+    first_seq: int
+    affected: int
+    more: bool = False
+
+    def to_wire(self) -> list[Any]:
+        return [self.position.epoch, self.position.seq, self.first_seq, self.affected, self.more]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any]) -> "WriteReply":
+        return WriteReply(
+            position=Position(fields[0], fields[1]),
+            first_seq=fields[2],
+            affected=fields[3],
+            more=fields[4],
+        )
