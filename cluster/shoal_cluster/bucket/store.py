@@ -2,7 +2,7 @@
 
 What the protocol requires of an implementation (docs/design/protocol.md):
 R1 create is put-if-absent, atomic over all endpoints, of whole objects.
-R2 a get or list that starts after a create returned sees it, and a get of a missing key is not cached.
+R2 a get or list that starts after a create returned sees it; a get of a missing key is not cached.
 R3 objects never change once created.
 """
 
@@ -55,6 +55,14 @@ class Store(Protocol):
 
     async def delete(self, key: str) -> None:
         """Removes the object; an absent key is no error. Only garbage collection calls this."""
+        ...
+
+    async def make_durable(self, prefix: str) -> None:
+        """Makes sure that what a reader can see under `prefix` survives a power cut.
+
+        Called before serving what was replayed (docs/design/protocol.md 1.4 step 6). Does nothing
+        where an object that can be read is durable already, as in every object store.
+        """
         ...
 
     def local_path(self, key: str) -> Path | None:

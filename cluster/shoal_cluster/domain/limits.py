@@ -38,13 +38,21 @@ WAL_TAIL_BYTES_MAX = 64 * MIB
 WAL_REPLAY_WINDOW = 16
 
 # Memtable: searched exactly, so its size is a latency bound (8,192 × 384 floats: about 1 ms).
-MEMTABLE_ROWS_MAX = 8192
-MEMTABLE_BYTES_MAX = 16 * MIB
-MEMTABLES_FROZEN_MAX = 4
+SEAL_OPERATIONS = 1024
+"""A memtable with so many operations is sealed as soon as the one before it is."""
+MEMTABLE_OPERATIONS_MAX = 16_384
+MEMTABLE_BYTES_MAX = 64 * MIB
+"""Past either, while a seal is under way, writes wait: Overloaded with retry_after_ms."""
 
-# Deduplication of retried writes, per shard.
+# Segments: eight small ones are merged into one of the next tier.
+COMPACTION_FAN_IN = 8
+SEGMENT_ROWS_MAX = 1_000_000
+BUILD_MEMORY_BYTES_MAX = 4 * 1024 * MIB
+
+# Deduplication of retried writes, per shard. A client keeps fewer requests in flight than this.
 DEDUP_CLIENTS_MAX = 256
-DEDUP_REQUESTS_PER_CLIENT_MAX = 32
+DEDUP_REQUESTS_PER_CLIENT_MAX = 512
+DEDUP_REQUESTS_MAX = 16_384
 
 # Links
 FRAME_BYTES_MAX = 64 * MIB

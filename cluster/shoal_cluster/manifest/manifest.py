@@ -80,7 +80,7 @@ class Manifest:
     """The sealed state of a shard: everything up to and including `floor_slot` is in `segments`.
 
     parent_put_id chains versions; put_id is this version's own. floor_seq: the last sequence number
-    at or before floor_slot. dedup: answered requests as of floor_slot (shard/dedup.py).
+    at or before floor_slot; floor_epoch: the epoch of the record in floor_slot. dedup: answered requests as of floor_slot (shard/dedup.py).
     schema_version: the collection schema the segments were built with. sum: set checksum of all
     live rows, equal to the sum of the segments' sums modulo 2**64.
     """
@@ -90,8 +90,39 @@ class Manifest:
     put_id: bytes
     epoch: Epoch
     floor_slot: Slot
+    floor_epoch: Epoch
     floor_seq: Seq
     segments: tuple[SegmentEntry, ...]
     dedup: Any
     schema_version: int
     sum: int
+
+    def to_wire(self) -> dict[str, Any]:
+        """Returns the version's contents; its number and put id travel in the object's header."""
+        return {
+            "parent_put_id": self.parent_put_id,
+            "epoch": self.epoch,
+            "floor_slot": self.floor_slot,
+            "floor_epoch": self.floor_epoch,
+            "floor_seq": self.floor_seq,
+            "segments": [segment.to_wire() for segment in self.segments],
+            "dedup": self.dedup,
+            "schema_version": self.schema_version,
+            "sum": self.sum,
+        }
+
+    @staticmethod
+    def from_wire(number: int, put_id: bytes, fields: Mapping[str, Any]) -> "Manifest":
+        return Manifest(
+            version=ManifestVersion(number),
+            parent_put_id=fields["parent_put_id"],
+            put_id=put_id,
+            epoch=fields["epoch"],
+            floor_slot=fields["floor_slot"],
+            floor_epoch=fields["floor_epoch"],
+            floor_seq=fields["floor_seq"],
+            segments=tuple(SegmentEntry.from_wire(entry) for entry in fields["segments"]),
+            dedup=fields["dedup"],
+            schema_version=fields["schema_version"],
+            sum=fields["sum"],
+        )

@@ -1,0 +1,104 @@
+# Every command of the project. `make help` lists them; a fresh clone needs only python3 >= 3.11.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+SEEDS ?= 2000
+
+# The first interpreter on PATH that is new enough.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+
+# Of pip's settings only those of the environment and of pip's own configuration files apply.
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+# One environment, two stamps: `make demo` needs no linters, `make test` needs everything.
+CLUSTER := $(VENV)/.stamp-cluster
+DEV := $(VENV)/.stamp-dev
+
+PROTO_SOURCES := $(wildcard protos/shoal_protos/v1/*.proto)
+
+.PHONY: help demo test check simulate chaos bench protos fmt clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@[ -n "$(PYTHON)" ] || { echo "no Python >= 3.11 on PATH: install one, or make PYTHON=..." >&2; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+# The build backend comes first and under the same constraints, so that nothing is fetched unpinned.
+define install
+	@echo "installing shoal[$(1)] into $(VENV)"
+	@$(PIP) install --constraint constraints.txt hatchling
+	@$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[$(1)]'
+endef
+
+$(CLUSTER): pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,cluster)
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,cluster$(comma)dev)
+	@touch $(CLUSTER) $@
+
+comma := ,
+
+demo: $(CLUSTER) ## load real documents, search them, kill a shard server, restart, say what was measured
+	@$(BIN)/shoal demo
+
+test: $(DEV) ## run the tests; PYTEST_ARGS=... goes to pytest
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(DEV) ## lint, types, import layers, protos
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: make fmt" >&2; exit 1; }
+	@$(BIN)/mypy --strict --no-error-summary
+	@mkdir -p build
+	@$(BIN)/lint-imports --no-logo > build/lint-imports.txt || { cat build/lint-imports.txt >&2; exit 1; }
+	@$(BIN)/buf lint
+	@$(MAKE) protos-current
+	@echo "check: lint, format, types, layers and protos are clean"
+
+simulate: $(DEV) ## model-check the durable protocol; SEEDS=N schedules for each variant
+	@$(BIN)/python -m tests.model.run --seeds $(SEEDS)
+
+chaos: $(DEV) ## kill, stop and starve a real cluster, then check its history
+	@$(BIN)/python -m chaos.run
+
+bench: $(DEV) ## compare a search in process, through a link and through gRPC
+	@$(BIN)/python -m tests.bench
+
+# Generates into the directory named by $(1). The plugins are found through PATH.
+define protoc
+	@mkdir -p $(1)
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos \
+		--python_out=$(1) --grpc_python_out=$(1) \
+		--mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTO_SOURCES)
+endef
+
+protos: $(DEV) ## regenerate the Python modules of protos/
+	$(call protoc,protos)
+
+.PHONY: protos-current
+protos-current: $(DEV)
+	@rm -rf build/protos
+	$(call protoc,build/protos)
+	@diff --recursive --brief --exclude=*.proto --exclude=__init__.py --exclude=__pycache__ \
+		--exclude=py.typed build/protos/shoal_protos/v1 protos/shoal_protos/v1 \
+		|| { echo "generated protos differ from the committed ones: make protos" >&2; exit 1; }
+
+fmt: $(DEV) ## format the code and sort its imports
+	@$(BIN)/ruff check --quiet --fix . || true
+	@$(BIN)/ruff format --quiet .
+
+clean: ## remove what commands leave behind, except the virtual environment
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find client protos cluster chaos tests -name __pycache__ -type d -prune -exec rm -rf {} +

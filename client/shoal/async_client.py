@@ -1,0 +1,142 @@
+"""The asyncio client: the surface of `Client`, awaited."""
+
+from collections.abc import (
+    Iterable,
+    Mapping,
+)
+from types import TracebackType
+from typing import Self
+
+from shoal.async_collection import AsyncCollection
+from shoal.async_connection import AsyncConnection
+from shoal.calls import Calls
+from shoal.retry import DEFAULT_RETRIES, RetryPolicy
+from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S
+from shoal.schema import (
+    AttributeTypeName,
+    CollectionDescription,
+    CollectionSchema,
+    MetricName,
+    Model,
+)
+from shoal_protos.v1 import admin_pb2
+
+
+class AsyncClient:
+    """A connection to a Shoal cluster, for one event loop.
+
+    Arguments and promises are those of `Client`; a cancelled call may have been applied.
+    """
+
+    def __init__(
+        self,
+        address: str | Iterable[str] = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: RetryPolicy = DEFAULT_RETRIES,
+    ) -> None:
+        self._connection = AsyncConnection(address, timeout_s=timeout_s, retries=retries)
+        self._calls = Calls()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections; calls in flight fail. Closing twice is no error."""
+        await self._connection.close()
+
+    async def create_collection(
+        self,
+        name: str,
+        *,
+        dimension: int,
+        metric: MetricName = "cosine",
+        attributes: Mapping[str, AttributeTypeName] | None = None,
+        partition_by: str | None = None,
+        shards: int = 1,
+        replicas: int = 1,
+        recall_target: float = 0.95,
+        model: Model | None = None,
+        chunking_rule: str = "",
+        timeout_s: float | None = None,
+    ) -> AsyncCollection:
+        """Creates a collection and returns a handle on it.
+
+        attributes: what can be filtered on, by name; partition_by: the keyword attribute whose
+        value chooses a point's shard, None for the id. recall_target: share of the true nearest
+        neighbours a search must find. model: (name, version) of the model that makes the vectors;
+        writes and queries that name another are refused.
+        """
+        schema = CollectionSchema(
+            name=name,
+            dimension=dimension,
+            metric=metric,
+            attributes=attributes or {},
+            partition_by=partition_by,
+            shards=shards,
+            replicas=replicas,
+            recall_target=recall_target,
+            model=model,
+            chunking_rule=chunking_rule,
+        )
+        await self._connection.run(self._calls.create_collection(schema), timeout_s)
+        return self.collection(name, model=model)
+
+    def collection(self, name: str, *, model: Model | None = None) -> AsyncCollection:
+        """Returns a handle; asks the server nothing. model: sent with every write and query."""
+        return AsyncCollection(self._connection, self._calls, name, model)
+
+    async def describe_collection(
+        self, name: str, *, timeout_s: float | None = None
+    ) -> CollectionDescription:
+        """Returns the schema and about how many rows there are."""
+        return await self._connection.run(self._calls.describe_collection(name), timeout_s)
+
+    async def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionSchema]:
+        """Returns the schemas of all collections, by name."""
+        return await self._connection.run(self._calls.list_collections(), timeout_s)
+
+    async def alter_collection(
+        self,
+        name: str,
+        *,
+        add_attributes: Mapping[str, AttributeTypeName] | None = None,
+        replicas: int | None = None,
+        recall_target: float | None = None,
+        chunking_rule: str | None = None,
+        model: Model | None = None,
+        if_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> CollectionSchema:
+        """Changes what is given and returns the schema as it is now.
+
+        if_version: change nothing, and raise Conflict, unless the schema has this version.
+        """
+        call = self._calls.alter_collection(
+            name,
+            add_attributes=add_attributes,
+            replicas=replicas,
+            recall_target=recall_target,
+            chunking_rule=chunking_rule,
+            model=model,
+            if_version=if_version,
+        )
+        return await self._connection.run(call, timeout_s)
+
+    async def drop_collection(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Removes a collection and everything in it."""
+        await self._connection.run(self._calls.drop_collection(name), timeout_s)
+
+    async def status(
+        self, collection: str = "", *, timeout_s: float | None = None
+    ) -> admin_pb2.StatusResponse:
+        """Returns the state of the cluster as the `StatusResponse` message of shoal.v1."""
+        return await self._connection.run(self._calls.status(collection), timeout_s)

@@ -1,0 +1,275 @@
+"""A handle on one collection for asyncio: the surface of `Collection`, awaited."""
+
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Mapping,
+    Sequence,
+)
+from typing import Any, Unpack
+
+from shoal.async_connection import AsyncConnection
+from shoal.batches import Payload, points_or_arrays
+from shoal.bulk import BATCH_SIZE, IN_FLIGHT
+from shoal.calls import Calls, ConsistencyName, SearchOptions
+from shoal.filters import Filter
+from shoal.point import Point, Provenance
+from shoal.results import (
+    DeleteResult,
+    Page,
+    PatchResult,
+    PointsRead,
+    SearchResult,
+    UpsertResult,
+)
+from shoal.schema import (
+    CollectionDescription,
+    Model,
+)
+from shoal.session import SessionToken
+from shoal.vectors import VectorLike, VectorsLike
+
+
+class AsyncCollection:
+    """A handle on one collection. Costs nothing to make and holds no connection of its own."""
+
+    def __init__(
+        self, connection: AsyncConnection, calls: Calls, name: str, model: Model | None
+    ) -> None:
+        self._connection = connection
+        self._calls = calls
+        self.name = name
+        self.model = model
+
+    def __repr__(self) -> str:
+        return f"<Collection {self.name!r}>"
+
+    @property
+    def session(self) -> SessionToken:
+        """What this client has seen of the collection so far."""
+        return self._calls.sessions.token(self.name)
+
+    async def describe(self, *, timeout_s: float | None = None) -> CollectionDescription:
+        """Returns the schema and about how many rows there are."""
+        return await self._connection.run(self._calls.describe_collection(self.name), timeout_s)
+
+    async def upsert(
+        self,
+        points: Iterable[Point] | Point | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        vectors: VectorsLike | None = None,
+        attributes: Sequence[Mapping[str, Any] | None] | None = None,
+        payloads: Sequence[Payload] | None = None,
+        provenance: Sequence[Provenance | None] | None = None,
+        if_absent: bool = False,
+        if_seq: Sequence[int | None] | None = None,
+        timeout_s: float | None = None,
+    ) -> UpsertResult:
+        """Writes up to 1,000 points, given as `points` or as arrays, replacing those with the ids.
+
+        Returns when they are durable and visible. if_absent: only if none of the ids exists.
+        if_seq: only if each point's stored version has this `seq`, None for no condition. A
+        condition that does not hold raises Conflict.
+        """
+        given = points_or_arrays(
+            points,
+            ids=ids,
+            vectors=vectors,
+            attributes=attributes,
+            payloads=payloads,
+            provenance=provenance,
+        )
+        call = self._calls.upsert(
+            self.name, given, model=self.model, if_absent=if_absent, if_seq=if_seq
+        )
+        return await self._connection.run(call, timeout_s)
+
+    async def bulk_upsert(
+        self,
+        points: Iterable[Point] | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        vectors: VectorsLike | None = None,
+        attributes: Sequence[Mapping[str, Any] | None] | None = None,
+        payloads: Sequence[Payload] | None = None,
+        provenance: Sequence[Provenance | None] | None = None,
+        batch_size: int = BATCH_SIZE,
+        in_flight: int = IN_FLIGHT,
+        progress: Callable[[int, int | None], None] | None = None,
+        timeout_s: float | None = None,
+    ) -> int:
+        """Writes any number of points in batches over one stream; returns how many.
+
+        in_flight: batches unacknowledged at once. progress: called with (rows done, rows in total
+        or None) after each batch. timeout_s bounds each batch, not the whole. Ids must be distinct:
+        batches in flight have no order among them. When it raises, the error says how many rows
+        were acknowledged; calling again with the same points is safe.
+        """
+        given = points_or_arrays(
+            points,
+            ids=ids,
+            vectors=vectors,
+            attributes=attributes,
+            payloads=payloads,
+            provenance=provenance,
+        )
+        plan = self._calls.bulk_upsert(
+            self.name, given, model=self.model, batch_size=batch_size, progress=progress
+        )
+        return await self._connection.upload(plan, in_flight=in_flight, timeout_s=timeout_s)
+
+    async def get(
+        self,
+        ids: Sequence[str] | str,
+        *,
+        with_vector: bool = False,
+        consistency: ConsistencyName = "session",
+        timeout_s: float | None = None,
+    ) -> PointsRead:
+        """Returns the points with these ids, in that order; ids that do not exist are left out."""
+        call = self._calls.get(self.name, ids, with_vector=with_vector, consistency=consistency)
+        return await self._connection.run(call, timeout_s)
+
+    async def patch_attributes(
+        self,
+        ids: Sequence[str] | str,
+        attributes: Mapping[str, Any] | Sequence[Mapping[str, Any]] = {},
+        *,
+        remove: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> PatchResult:
+        """Sets and removes attributes of existing points; everything else stays.
+
+        attributes: one mapping for all ids, or one for each. remove: names, for all ids.
+        """
+        call = self._calls.patch_attributes(self.name, ids, attributes, remove)
+        return await self._connection.run(call, timeout_s)
+
+    async def delete(
+        self, ids: Sequence[str] | str, *, timeout_s: float | None = None
+    ) -> DeleteResult:
+        """Removes points by id; ids that do not exist are no error."""
+        return await self._connection.run(self._calls.delete(self.name, ids), timeout_s)
+
+    async def delete_where(self, filter: Filter, *, timeout_s: float | None = None) -> DeleteResult:
+        """Removes every point that satisfies the filter."""
+        return await self._connection.run(self._calls.delete_where(self.name, filter), timeout_s)
+
+    async def scroll_page(
+        self,
+        filter: Filter | None = None,
+        *,
+        page_size: int = 100,
+        cursor: bytes | None = None,
+        with_payload: bool = True,
+        with_vector: bool = False,
+        consistency: ConsistencyName = "session",
+        timeout_s: float | None = None,
+    ) -> Page:
+        """Returns one page; its `cursor` starts the next one, None after the last."""
+        call = self._calls.scroll(
+            self.name,
+            condition=filter,
+            page_size=page_size,
+            cursor=cursor,
+            with_payload=with_payload,
+            with_vector=with_vector,
+            consistency=consistency,
+        )
+        return await self._connection.run(call, timeout_s)
+
+    async def scroll(
+        self,
+        filter: Filter | None = None,
+        *,
+        page_size: int = 100,
+        with_payload: bool = True,
+        with_vector: bool = False,
+        consistency: ConsistencyName = "session",
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Point]:
+        """Yields every point that satisfies the filter, fetching page after page.
+
+        A point that is there all the while is yielded exactly once. timeout_s bounds each page.
+        """
+        cursor: bytes | None = None
+        while True:
+            page = await self.scroll_page(
+                filter,
+                page_size=page_size,
+                cursor=cursor,
+                with_payload=with_payload,
+                with_vector=with_vector,
+                consistency=consistency,
+                timeout_s=timeout_s,
+            )
+            for point in page:
+                yield point
+            cursor = page.cursor
+            if cursor is None:
+                return
+
+    async def count(
+        self,
+        filter: Filter | None = None,
+        *,
+        consistency: ConsistencyName = "session",
+        timeout_s: float | None = None,
+    ) -> int:
+        """Returns how many points satisfy the filter."""
+        call = self._calls.count(self.name, condition=filter, consistency=consistency)
+        return await self._connection.run(call, timeout_s)
+
+    async def search(
+        self,
+        vector: VectorLike,
+        *,
+        k: int = 10,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> SearchResult:
+        """Finds the k points nearest to `vector`; see SearchOptions for the rest."""
+        call = self._calls.search(
+            self.name, vector=vector, k=k, condition=filter, model=self.model, **options
+        )
+        return (await self._connection.run(call, timeout_s))[0]
+
+    async def search_batch(
+        self,
+        vectors: VectorsLike | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+        k: int = 10,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> list[SearchResult]:
+        """Answers up to 256 queries, given as vectors or as stored points, in their order."""
+        call = self._calls.search(
+            self.name,
+            vectors=vectors,
+            ids=ids,
+            k=k,
+            condition=filter,
+            model=self.model,
+            **options,
+        )
+        return await self._connection.run(call, timeout_s)
+
+    async def search_by_id(
+        self,
+        id: str,
+        *,
+        k: int = 10,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> SearchResult:
+        """Finds the k points nearest to a stored one, which is left out of its own hits."""
+        call = self._calls.search(
+            self.name, ids=[id], k=k, condition=filter, model=self.model, **options
+        )
+        return (await self._connection.run(call, timeout_s))[0]

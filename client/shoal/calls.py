@@ -1,0 +1,480 @@
+"""Every operation as a value: which method, which request, how to read the reply. No I/O.
+
+`Client` and `AsyncClient` only send what this module builds, so they cannot drift apart.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypedDict, TypeVar
+from uuid import uuid4
+
+from google.protobuf.message import Message
+
+from shoal.batches import (
+    Batch,
+    PointArrays,
+    batch_of_arrays,
+    batch_of_points,
+    batches_of_arrays,
+    batches_of_points,
+    checked_ids,
+    columns_of,
+    conditions_of,
+)
+from shoal.bulk import BATCH_SIZE_MAX, CHUNK_BYTES_MAX, Upload, require_range
+from shoal.errors import Internal, InvalidRequest
+from shoal.filters import Filter
+from shoal.point import Point
+from shoal.results import (
+    DeleteResult,
+    Page,
+    PatchResult,
+    PointsRead,
+    SearchResult,
+    UpsertResult,
+    page_read,
+    points_read,
+)
+from shoal.rpc import Method
+from shoal.schema import (
+    AttributeTypeName,
+    CollectionDescription,
+    CollectionSchema,
+    Model,
+    declarations,
+    model_to_proto,
+    schema_from_proto,
+    schema_to_proto,
+)
+from shoal.session import Sessions, token_from_proto
+from shoal.vectors import VectorLike, Vectors, VectorsLike, to_vector, to_vectors
+from shoal_protos.v1 import admin_pb2, collections_pb2, points_pb2, search_pb2, types_pb2
+
+Reply = TypeVar("Reply")
+
+ConsistencyName = Literal["eventual", "session", "strong"]
+
+_CONSISTENCIES: Mapping[str, types_pb2.Consistency.ValueType] = {
+    "eventual": types_pb2.CONSISTENCY_EVENTUAL,
+    "session": types_pb2.CONSISTENCY_SESSION,
+    "strong": types_pb2.CONSISTENCY_STRONG,
+}
+
+
+class SearchOptions(TypedDict, total=False):
+    """What every kind of search takes besides its queries.
+
+    exact: compare with every row. recall_target: 0.5 to 1, the collection's when absent.
+    with_payload (default True): attributes, payloads and provenance of the hits. with_vector
+    (False). consistency: "eventual", "session" (default) or "strong". explain: how the answer was
+    found.
+    """
+
+    exact: bool
+    recall_target: float | None
+    with_payload: bool
+    with_vector: bool
+    consistency: ConsistencyName
+    explain: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Generic[Reply]):
+    """One unary call. decode: turns the response message into what the user gets."""
+
+    method: Method
+    request: Message
+    is_write: bool
+    decode: Callable[[Any], Reply]
+
+
+class Calls:
+    """Builds the calls of one client: its request ids, and the session tokens it has seen.
+
+    Invariant: request numbers of a client id strictly increase and are never used twice.
+    """
+
+    def __init__(self) -> None:
+        self.sessions = Sessions()
+        self._client_id = uuid4().hex
+        # next() on a count is one step of the interpreter, so threads never share a number.
+        self._request_no = itertools.count(1)
+
+    def create_collection(self, schema: CollectionSchema) -> Call[CollectionSchema]:
+        with _Sending("schema"):
+            request = collections_pb2.CreateCollectionRequest(
+                request_id=self._request_id(), schema=schema_to_proto(schema)
+            )
+        return Call(
+            method=Method.CREATE_COLLECTION,
+            request=request,
+            is_write=True,
+            decode=lambda response: schema_from_proto(response.schema),
+        )
+
+    def describe_collection(self, name: str) -> Call[CollectionDescription]:
+        with _Sending("name"):
+            request = collections_pb2.DescribeCollectionRequest(name=name)
+        return Call(
+            method=Method.DESCRIBE_COLLECTION,
+            request=request,
+            is_write=False,
+            decode=lambda response: CollectionDescription(
+                schema=schema_from_proto(response.schema), rows_live=response.rows_live
+            ),
+        )
+
+    def list_collections(self) -> Call[list[CollectionSchema]]:
+        return Call(
+            method=Method.LIST_COLLECTIONS,
+            request=collections_pb2.ListCollectionsRequest(),
+            is_write=False,
+            decode=lambda response: [schema_from_proto(each) for each in response.schemas],
+        )
+
+    def alter_collection(
+        self,
+        name: str,
+        *,
+        add_attributes: Mapping[str, AttributeTypeName] | None,
+        replicas: int | None,
+        recall_target: float | None,
+        chunking_rule: str | None,
+        model: Model | None,
+        if_version: int | None,
+    ) -> Call[CollectionSchema]:
+        with _Sending("alter"):
+            request = collections_pb2.AlterCollectionRequest(
+                request_id=self._request_id(),
+                name=name,
+                add_attributes=declarations(add_attributes or {}),
+                replicas=replicas,
+                recall_target=recall_target,
+                chunking_rule=chunking_rule,
+                model=model_to_proto(model),
+                if_version=if_version,
+            )
+        return Call(
+            method=Method.ALTER_COLLECTION,
+            request=request,
+            is_write=True,
+            decode=lambda response: schema_from_proto(response.schema),
+        )
+
+    def drop_collection(self, name: str) -> Call[None]:
+        with _Sending("name"):
+            request = collections_pb2.DropCollectionRequest(
+                request_id=self._request_id(), name=name
+            )
+        return Call(
+            method=Method.DROP_COLLECTION,
+            request=request,
+            is_write=True,
+            decode=lambda _response: self.sessions.forget(name),
+        )
+
+    def upsert(
+        self,
+        collection: str,
+        points: Iterable[Point] | PointArrays,
+        *,
+        model: Model | None,
+        if_absent: bool,
+        if_seq: Sequence[int | None] | None,
+    ) -> Call[UpsertResult]:
+        if isinstance(points, PointArrays):
+            batch = batch_of_arrays(points)
+        else:
+            batch = batch_of_points(points)
+        request = self._upsert_request(collection, batch, model=model)
+        with _Sending("if_seq"):
+            request.conditions.extend(
+                conditions_of(len(batch.ids), if_absent=if_absent, if_seq=if_seq)
+            )
+
+        def decode(response: points_pb2.UpsertResponse) -> UpsertResult:
+            self.sessions.observe(collection, response.session)
+            return UpsertResult(
+                seqs=list(response.seqs), session=token_from_proto(response.session)
+            )
+
+        return Call(method=Method.UPSERT, request=request, is_write=True, decode=decode)
+
+    def bulk_upsert(
+        self,
+        collection: str,
+        points: Iterable[Point] | PointArrays,
+        *,
+        model: Model | None,
+        batch_size: int,
+        progress: Callable[[int, int | None], None] | None,
+    ) -> Upload:
+        """Raises: InvalidRequest for a batch size out of range."""
+        require_range("batch_size", batch_size, BATCH_SIZE_MAX)
+        rows_total: int | None
+        if isinstance(points, PointArrays):
+            batches = batches_of_arrays(points, batch_size=batch_size, bytes_max=CHUNK_BYTES_MAX)
+            rows_total = len(points.ids)
+        else:
+            batches = batches_of_points(points, batch_size=batch_size, bytes_max=CHUNK_BYTES_MAX)
+            rows_total = len(points) if isinstance(points, Sized) else None
+        return Upload(
+            requests=(self._upsert_request(collection, batch, model=model) for batch in batches),
+            rows_total=rows_total,
+            on_reply=lambda reply: self.sessions.observe(collection, reply.session),
+            progress=progress,
+        )
+
+    def _upsert_request(
+        self, collection: str, batch: Batch, *, model: Model | None
+    ) -> points_pb2.UpsertRequest:
+        with _Sending("points"):
+            return points_pb2.UpsertRequest(
+                collection=collection,
+                request_id=self._request_id(),
+                rows=batch.to_rows(),
+                model=model_to_proto(model),
+            )
+
+    def get(
+        self,
+        collection: str,
+        ids: Sequence[str],
+        *,
+        with_vector: bool,
+        consistency: ConsistencyName,
+    ) -> Call[PointsRead]:
+        with _Sending("ids"):
+            request = points_pb2.GetRequest(
+                collection=collection,
+                ids=checked_ids(ids),
+                with_vector=with_vector,
+                consistency=_consistency(consistency),
+                session=self._token(collection, consistency),
+            )
+
+        def decode(response: points_pb2.GetResponse) -> PointsRead:
+            self.sessions.observe(collection, response.as_of)
+            return points_read(response)
+
+        return Call(method=Method.GET, request=request, is_write=False, decode=decode)
+
+    def patch_attributes(
+        self,
+        collection: str,
+        ids: Sequence[str],
+        attributes: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        remove: Sequence[str],
+    ) -> Call[PatchResult]:
+        listed = checked_ids(ids)
+        rows = [attributes] * len(listed) if isinstance(attributes, Mapping) else attributes
+        if len(rows) != len(listed):
+            raise InvalidRequest(
+                f"attributes has {len(rows)} rows for {len(listed)} ids", field="attributes"
+            )
+        with _Sending("attributes"):
+            request = points_pb2.PatchAttributesRequest(
+                collection=collection,
+                request_id=self._request_id(),
+                ids=listed,
+                set=columns_of(rows),
+                remove=remove,
+            )
+
+        def decode(response: points_pb2.PatchAttributesResponse) -> PatchResult:
+            self.sessions.observe(collection, response.session)
+            return PatchResult(
+                missing_ids=list(response.missing_ids), session=token_from_proto(response.session)
+            )
+
+        return Call(method=Method.PATCH_ATTRIBUTES, request=request, is_write=True, decode=decode)
+
+    def delete(self, collection: str, ids: Sequence[str]) -> Call[DeleteResult]:
+        with _Sending("ids"):
+            request = points_pb2.DeleteRequest(
+                collection=collection, request_id=self._request_id(), ids=checked_ids(ids)
+            )
+        return self._deletion(Method.DELETE, collection, request)
+
+    def delete_where(self, collection: str, condition: Filter) -> Call[DeleteResult]:
+        with _Sending("filter"):
+            request = points_pb2.DeleteByFilterRequest(
+                collection=collection,
+                request_id=self._request_id(),
+                filter=_filter(condition),
+            )
+        return self._deletion(Method.DELETE_BY_FILTER, collection, request)
+
+    def scroll(
+        self,
+        collection: str,
+        *,
+        condition: Filter | None,
+        page_size: int,
+        cursor: bytes | None,
+        with_payload: bool,
+        with_vector: bool,
+        consistency: ConsistencyName,
+    ) -> Call[Page]:
+        with _Sending("scroll"):
+            request = points_pb2.ScrollRequest(
+                collection=collection,
+                filter=_filter(condition),
+                limit=page_size,
+                cursor=cursor or b"",
+                with_payload=with_payload,
+                with_vector=with_vector,
+                consistency=_consistency(consistency),
+                session=self._token(collection, consistency),
+            )
+
+        def decode(response: points_pb2.ScrollResponse) -> Page:
+            self.sessions.observe(collection, response.as_of)
+            return page_read(response)
+
+        return Call(method=Method.SCROLL, request=request, is_write=False, decode=decode)
+
+    def count(
+        self, collection: str, *, condition: Filter | None, consistency: ConsistencyName
+    ) -> Call[int]:
+        with _Sending("count"):
+            request = points_pb2.CountRequest(
+                collection=collection,
+                filter=_filter(condition),
+                consistency=_consistency(consistency),
+                session=self._token(collection, consistency),
+            )
+
+        def decode(response: points_pb2.CountResponse) -> int:
+            self.sessions.observe(collection, response.as_of)
+            return response.count
+
+        return Call(method=Method.COUNT, request=request, is_write=False, decode=decode)
+
+    def search(
+        self,
+        collection: str,
+        *,
+        vector: VectorLike | None = None,
+        vectors: VectorsLike | None = None,
+        ids: Sequence[str] | None = None,
+        k: int,
+        condition: Filter | None,
+        model: Model | None,
+        exact: bool = False,
+        recall_target: float | None = None,
+        with_payload: bool = True,
+        with_vector: bool = False,
+        consistency: ConsistencyName = "session",
+        explain: bool = False,
+    ) -> Call[list[SearchResult]]:
+        """The queries are one `vector`, several `vectors`, or stored points by `ids`."""
+        queries = _queries(vector, vectors, ids)
+        with _Sending("search"):
+            request = search_pb2.SearchRequest(
+                collection=collection,
+                ids=None if ids is None else checked_ids(ids),
+                k=k,
+                filter=_filter(condition),
+                exact=exact,
+                recall_target=recall_target,
+                with_payload=with_payload,
+                with_vector=with_vector,
+                consistency=_consistency(consistency),
+                session=self._token(collection, consistency),
+                model=model_to_proto(model),
+                explain=explain,
+            )
+        if queries is not None:
+            request.vectors = queries.tobytes()
+            request.dimension = queries.shape[-1]
+
+        def decode(response: search_pb2.SearchResponse) -> list[SearchResult]:
+            self.sessions.observe(collection, response.as_of)
+            asked = len(request.ids) if queries is None else queries.size // queries.shape[-1]
+            if len(response.results) != asked:
+                raise Internal(f"the server answered {len(response.results)} of {asked} queries")
+            return [SearchResult(found, response) for found in response.results]
+
+        return Call(method=Method.SEARCH, request=request, is_write=False, decode=decode)
+
+    def status(self, collection: str) -> Call[admin_pb2.StatusResponse]:
+        with _Sending("collection"):
+            request = admin_pb2.StatusRequest(collection=collection)
+        return Call(
+            method=Method.STATUS,
+            request=request,
+            is_write=False,
+            decode=lambda response: response,
+        )
+
+    def _request_id(self) -> types_pb2.RequestId:
+        return types_pb2.RequestId(client_id=self._client_id, request_no=next(self._request_no))
+
+    def _token(
+        self, collection: str, consistency: ConsistencyName
+    ) -> types_pb2.SessionToken | None:
+        """The other two levels do not look at the token, so they do not pay for sending it."""
+        return self.sessions.message(collection) if consistency == "session" else None
+
+    def _deletion(self, method: Method, collection: str, request: Message) -> Call[DeleteResult]:
+        def decode(
+            response: points_pb2.DeleteResponse | points_pb2.DeleteByFilterResponse,
+        ) -> DeleteResult:
+            self.sessions.observe(collection, response.session)
+            return DeleteResult(
+                deleted=response.deleted, session=token_from_proto(response.session)
+            )
+
+        return Call(method=method, request=request, is_write=True, decode=decode)
+
+
+class _Sending:
+    """Turns what protobuf says of a value it cannot carry into InvalidRequest."""
+
+    __slots__ = ("_field",)
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if isinstance(error, TypeError | ValueError):
+            raise InvalidRequest(f"a value cannot be sent: {error}", field=self._field) from error
+
+
+def _queries(
+    vector: VectorLike | None, vectors: VectorsLike | None, ids: Sequence[str] | None
+) -> Vectors | None:
+    """Returns the queries, None when they are stored points; one kind must be given."""
+    if (vector is None) + (vectors is None) + (ids is None) != 2:
+        raise InvalidRequest("a search takes vectors or ids, one of the two", field="vectors")
+    if vector is not None:
+        return to_vector(vector, field="vector")
+    if vectors is not None:
+        return to_vectors(vectors, field="vectors")
+    return None
+
+
+def _consistency(name: ConsistencyName) -> types_pb2.Consistency.ValueType:
+    if name not in _CONSISTENCIES:
+        raise InvalidRequest(
+            f"consistency {name!r} is not known",
+            field="consistency",
+            limit=f"one of {', '.join(_CONSISTENCIES)}",
+        )
+    return _CONSISTENCIES[name]
+
+
+def _filter(condition: Filter | None) -> types_pb2.Filter | None:
+    if condition is None:
+        return None
+    if not isinstance(condition, Filter):
+        raise InvalidRequest(
+            f"filter is a {type(condition).__name__}; build one with F, as in F('year') >= 2020",
+            field="filter",
+        )
+    return condition.to_proto()

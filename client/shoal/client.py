@@ -1,0 +1,143 @@
+"""The synchronous client: collections, and the way to one."""
+
+from collections.abc import Iterable, Mapping
+from types import TracebackType
+from typing import Self
+
+from shoal.calls import Calls
+from shoal.collection import Collection
+from shoal.connection import Connection
+from shoal.retry import DEFAULT_RETRIES, RetryPolicy
+from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S
+from shoal.schema import (
+    AttributeTypeName,
+    CollectionDescription,
+    CollectionSchema,
+    MetricName,
+    Model,
+)
+from shoal_protos.v1 import admin_pb2
+
+
+class Client:
+    """A connection to a Shoal cluster. Safe to use from several threads.
+
+    address: one coordinator, or several, of which one is used until it fails. timeout_s bounds each
+    call from start to end, retries included; every method takes its own as well.
+
+    Reads are at least as new as this client's own writes and earlier reads (consistency "session")
+    unless they ask otherwise. Every method raises a ShoalError when it cannot do its work.
+    """
+
+    def __init__(
+        self,
+        address: str | Iterable[str] = DEFAULT_ADDRESS,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: RetryPolicy = DEFAULT_RETRIES,
+    ) -> None:
+        self._connection = Connection(address, timeout_s=timeout_s, retries=retries)
+        self._calls = Calls()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connections; calls in flight fail. Closing twice is no error."""
+        self._connection.close()
+
+    def create_collection(
+        self,
+        name: str,
+        *,
+        dimension: int,
+        metric: MetricName = "cosine",
+        attributes: Mapping[str, AttributeTypeName] | None = None,
+        partition_by: str | None = None,
+        shards: int = 1,
+        replicas: int = 1,
+        recall_target: float = 0.95,
+        model: Model | None = None,
+        chunking_rule: str = "",
+        timeout_s: float | None = None,
+    ) -> Collection:
+        """Creates a collection and returns a handle on it.
+
+        attributes: what can be filtered on, by name; partition_by: the keyword attribute whose
+        value chooses a point's shard, None for the id. recall_target: share of the true nearest
+        neighbours a search must find. model: (name, version) of the model that makes the vectors;
+        writes and queries that name another are refused.
+        """
+        schema = CollectionSchema(
+            name=name,
+            dimension=dimension,
+            metric=metric,
+            attributes=attributes or {},
+            partition_by=partition_by,
+            shards=shards,
+            replicas=replicas,
+            recall_target=recall_target,
+            model=model,
+            chunking_rule=chunking_rule,
+        )
+        self._connection.run(self._calls.create_collection(schema), timeout_s)
+        return self.collection(name, model=model)
+
+    def collection(self, name: str, *, model: Model | None = None) -> Collection:
+        """Returns a handle; asks the server nothing. model: sent with every write and query."""
+        return Collection(self._connection, self._calls, name, model)
+
+    def describe_collection(
+        self, name: str, *, timeout_s: float | None = None
+    ) -> CollectionDescription:
+        """Returns the schema and about how many rows there are."""
+        return self._connection.run(self._calls.describe_collection(name), timeout_s)
+
+    def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionSchema]:
+        """Returns the schemas of all collections, by name."""
+        return self._connection.run(self._calls.list_collections(), timeout_s)
+
+    def alter_collection(
+        self,
+        name: str,
+        *,
+        add_attributes: Mapping[str, AttributeTypeName] | None = None,
+        replicas: int | None = None,
+        recall_target: float | None = None,
+        chunking_rule: str | None = None,
+        model: Model | None = None,
+        if_version: int | None = None,
+        timeout_s: float | None = None,
+    ) -> CollectionSchema:
+        """Changes what is given and returns the schema as it is now.
+
+        if_version: change nothing, and raise Conflict, unless the schema has this version.
+        """
+        call = self._calls.alter_collection(
+            name,
+            add_attributes=add_attributes,
+            replicas=replicas,
+            recall_target=recall_target,
+            chunking_rule=chunking_rule,
+            model=model,
+            if_version=if_version,
+        )
+        return self._connection.run(call, timeout_s)
+
+    def drop_collection(self, name: str, *, timeout_s: float | None = None) -> None:
+        """Removes a collection and everything in it."""
+        self._connection.run(self._calls.drop_collection(name), timeout_s)
+
+    def status(
+        self, collection: str = "", *, timeout_s: float | None = None
+    ) -> admin_pb2.StatusResponse:
+        """Returns the state of the cluster as the `StatusResponse` message of shoal.v1."""
+        return self._connection.run(self._calls.status(collection), timeout_s)

@@ -1,0 +1,171 @@
+"""The synchronous transport: sends calls, retries them, drives upload streams."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable
+from random import Random
+from typing import Any
+
+import grpc
+
+from shoal.bulk import ENDED_EARLY, STALLED, STREAM_CLOSE_S, BulkUpload, Upload
+from shoal.calls import Call, Reply
+from shoal.errors import InvalidRequest, ShoalError
+from shoal.retry import Attempts, GiveUp, RetryPolicy
+from shoal.rpc import (
+    CHANNEL_OPTIONS,
+    CLOSED,
+    Addresses,
+    Lane,
+    checked_timeout_s,
+    error_of,
+    error_of_lost_call,
+    open_lane,
+)
+from shoal_protos.v1 import points_pb2
+
+
+class Connection:
+    """Channels to the coordinators, one in use at a time, and the loop that retries over them.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(
+        self, address: str | Iterable[str], *, timeout_s: float, retries: RetryPolicy
+    ) -> None:
+        self._addresses = Addresses(address)
+        self._timeout_s = checked_timeout_s(timeout_s)
+        self._retries = retries
+        self._random = Random()
+        self._lock = threading.Lock()
+        self._lanes: dict[str, Lane] = {}
+        self._closed = False
+
+    def close(self) -> None:
+        """Closes the connections; calls in flight fail. Closing twice is no error."""
+        with self._lock:
+            self._closed = True
+            lanes, self._lanes = self._lanes, {}
+        for lane in lanes.values():
+            lane.channel.close()
+
+    def _lane(self) -> Lane:
+        address = self._addresses.current
+        with self._lock:
+            if self._closed:
+                raise InvalidRequest(CLOSED)
+            lane = self._lanes.get(address)
+            if lane is None:
+                channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+                lane = self._lanes[address] = open_lane(address, channel)
+            return lane
+
+    def run(self, call: Call[Reply], timeout_s: float | None) -> Reply:
+        """Returns the call's decoded reply; timeout_s None means the client's.
+
+        Raises: ShoalError when the call failed for good.
+        """
+        attempts = self._attempts(call.is_write, timeout_s)
+        while True:
+            lane = self._lane()
+            try:
+                response = lane.unary[call.method](
+                    call.request, timeout=attempts.timeout_s(time.monotonic())
+                )
+            except grpc.RpcError as failure:
+                error = error_of(failure, is_write=call.is_write, address=lane.address)
+                verdict = attempts.failed(error, time.monotonic())
+                if isinstance(verdict, GiveUp):
+                    raise verdict.error from failure
+                if self._closed:
+                    raise error from failure
+                if verdict.elsewhere:
+                    self._addresses.leave(lane.address)
+                time.sleep(verdict.wait_s)
+            else:
+                return call.decode(response)
+
+    def _attempts(self, is_write: bool, timeout_s: float | None) -> Attempts:
+        return Attempts(
+            is_write=is_write,
+            deadline_s=time.monotonic() + self._allowed_s(timeout_s),
+            policy=self._retries,
+            random=self._random,
+        )
+
+    def _allowed_s(self, timeout_s: float | None) -> float:
+        return self._timeout_s if timeout_s is None else checked_timeout_s(timeout_s)
+
+    def upload(self, work: Upload, *, in_flight: int, timeout_s: float | None) -> int:
+        """Returns how many rows were acknowledged: all of them.
+
+        Raises: ShoalError saying how far the upload came.
+        """
+        upload = BulkUpload(
+            work,
+            in_flight=in_flight,
+            timeout_s=self._allowed_s(timeout_s),
+            policy=self._retries,
+            random=self._random,
+        )
+        while not upload.is_done:
+            lane = self._lane()
+            lost = self._upload_on_stream(upload, lane)
+            if lost is not None:
+                self._addresses.leave(lane.address)
+                upload.stream_lost(lost, time.monotonic())
+                # A refused connection comes back at once; the chunks know when they are due.
+                time.sleep(upload.wait_s(time.monotonic()))
+        return upload.rows_done
+
+    def _upload_on_stream(self, upload: BulkUpload, lane: Lane) -> ShoalError | None:
+        """Drives the upload over one stream; returns why the stream was lost, None when done."""
+        chunks: queue.SimpleQueue[points_pb2.UpsertStreamRequest | None] = queue.SimpleQueue()
+        replies: queue.SimpleQueue[points_pb2.UpsertStreamResponse | grpc.RpcError | None] = (
+            queue.SimpleQueue()
+        )
+        first = upload.next_chunk(time.monotonic())
+        if first is None:
+            return None
+        chunks.put(first)
+        stream = lane.upsert_stream(iter(chunks.get, None))
+        reader = threading.Thread(
+            target=_read_stream, args=(stream, replies), name="shoal-upload", daemon=True
+        )
+        reader.start()
+        try:
+            while not upload.is_done:
+                while (chunk := upload.next_chunk(time.monotonic())) is not None:
+                    chunks.put(chunk)
+                if upload.is_done:
+                    break
+                try:
+                    reply = replies.get(timeout=upload.wait_s(time.monotonic()))
+                except queue.Empty:
+                    if upload.is_stalled(time.monotonic()):
+                        return error_of_lost_call(STALLED, is_write=True)
+                    continue
+                if reply is None:
+                    return error_of_lost_call(ENDED_EARLY, is_write=True)
+                if isinstance(reply, grpc.RpcError):
+                    return error_of(reply, is_write=True, address=lane.address)
+                upload.replied(reply, time.monotonic())
+            chunks.put(None)
+            reader.join(STREAM_CLOSE_S)
+            return None
+        finally:
+            chunks.put(None)
+            stream.cancel()
+            reader.join(STREAM_CLOSE_S)
+
+
+def _read_stream(stream: Any, replies: "queue.SimpleQueue[Any]") -> None:
+    """Moves what arrives into `replies`; the end of the stream arrives as None or as its error."""
+    try:
+        for reply in stream:
+            replies.put(reply)
+        replies.put(None)
+    except grpc.RpcError as failure:
+        replies.put(failure)

@@ -1,0 +1,205 @@
+"""The gRPC side that both clients share: methods, channel settings, addresses, errors."""
+
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from shoal.errors import (
+    KINDS,
+    Indeterminate,
+    Internal,
+    InvalidRequest,
+    Outcome,
+    Overloaded,
+    ShoalError,
+    Unavailable,
+)
+from shoal_protos.status import ERROR_DETAIL_KEY, STATUS_OF_KIND
+from shoal_protos.v1 import types_pb2
+from shoal_protos.v1.admin_pb2_grpc import AdminStub
+from shoal_protos.v1.collections_pb2_grpc import CollectionsStub
+from shoal_protos.v1.points_pb2_grpc import PointsStub
+from shoal_protos.v1.search_pb2_grpc import SearchStub
+
+DEFAULT_ADDRESS = "127.0.0.1:7700"
+
+TIMEOUT_S = 30.0
+"""A call's default deadline: a shard's takeover takes seconds, and several may come in a row."""
+
+REQUEST_BYTES_MAX = 32 * 1024 * 1024
+"""The server's bound on one request; larger ones are refused here, before they are sent."""
+
+REPLY_BYTES_MAX = 256 * 1024 * 1024
+"""256 queries of 1,000 hits with 256-dimensional vectors, the largest reply worth having."""
+
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", REQUEST_BYTES_MAX),
+    ("grpc.max_receive_message_length", REPLY_BYTES_MAX),
+    # Retries are decided in retry.py, where request ids and outcomes are known.
+    ("grpc.enable_retries", 0),
+    # The default waits up to 2 minutes before it tries a restarted server again.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
+
+STATUS_KINDS: Mapping[grpc.StatusCode, type[ShoalError]] = {
+    status: KINDS[kind] for kind, status in STATUS_OF_KIND.items() if kind != "indeterminate"
+}
+"""What a status means when no ErrorDetail came with it. UNKNOWN is absent: without a detail it is
+gRPC's word for an exception in the server."""
+
+_OUTCOMES: Mapping[int, Outcome] = {types_pb2.OUTCOME_NOT_APPLIED: "not_applied"}
+
+CLOSED = "the client is closed"
+
+_LOST_IN_TRANSIT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.CANCELLED,
+)
+
+
+class Method(enum.Enum):
+    """The unary calls of the API."""
+
+    CREATE_COLLECTION = enum.auto()
+    DESCRIBE_COLLECTION = enum.auto()
+    LIST_COLLECTIONS = enum.auto()
+    ALTER_COLLECTION = enum.auto()
+    DROP_COLLECTION = enum.auto()
+    UPSERT = enum.auto()
+    GET = enum.auto()
+    PATCH_ATTRIBUTES = enum.auto()
+    DELETE = enum.auto()
+    DELETE_BY_FILTER = enum.auto()
+    SCROLL = enum.auto()
+    COUNT = enum.auto()
+    SEARCH = enum.auto()
+    STATUS = enum.auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """An open channel to one address, sync or asyncio, and what can be called on it."""
+
+    address: str
+    channel: Any
+    unary: Mapping[Method, Any]
+    upsert_stream: Any
+
+
+def open_lane(address: str, channel: Any) -> Lane:
+    collections = CollectionsStub(channel)
+    points = PointsStub(channel)
+    unary = {
+        Method.CREATE_COLLECTION: collections.CreateCollection,
+        Method.DESCRIBE_COLLECTION: collections.DescribeCollection,
+        Method.LIST_COLLECTIONS: collections.ListCollections,
+        Method.ALTER_COLLECTION: collections.AlterCollection,
+        Method.DROP_COLLECTION: collections.DropCollection,
+        Method.UPSERT: points.Upsert,
+        Method.GET: points.Get,
+        Method.PATCH_ATTRIBUTES: points.PatchAttributes,
+        Method.DELETE: points.Delete,
+        Method.DELETE_BY_FILTER: points.DeleteByFilter,
+        Method.SCROLL: points.Scroll,
+        Method.COUNT: points.Count,
+        Method.SEARCH: SearchStub(channel).Search,
+        Method.STATUS: AdminStub(channel).Status,
+    }
+    return Lane(address, channel, unary, points.UpsertStream)
+
+
+class Addresses:
+    """The coordinators a client may use, and which one it uses now.
+
+    Every coordinator can answer everything, so a client stays with one until it fails.
+    """
+
+    def __init__(self, addresses: str | Iterable[str]) -> None:
+        self._all = [addresses] if isinstance(addresses, str) else list(addresses)
+        if not self._all or not all(isinstance(each, str) and each for each in self._all):
+            raise InvalidRequest(
+                "a client needs at least one address such as '127.0.0.1:7700'", field="address"
+            )
+        self._current = 0
+
+    @property
+    def current(self) -> str:
+        return self._all[self._current]
+
+    def leave(self, address: str) -> None:
+        """Goes on to the next address, unless somebody else has done so already."""
+        if self.current == address:
+            self._current = (self._current + 1) % len(self._all)
+
+
+def checked_timeout_s(timeout_s: float) -> float:
+    """Raises: InvalidRequest unless the timeout is above 0."""
+    if not timeout_s > 0:
+        raise InvalidRequest(f"timeout_s {timeout_s} must be above 0", field="timeout_s")
+    return timeout_s
+
+
+def error_of(failure: grpc.RpcError, *, is_write: bool, address: str) -> ShoalError:
+    """Translates the failure of a call on `address`.
+
+    The server's ErrorDetail decides; without one the failure happened on the way, and then a write
+    may have been applied.
+    """
+    call = cast(grpc.Call, failure)
+    for key, value in call.trailing_metadata() or ():
+        if key == ERROR_DETAIL_KEY and isinstance(value, bytes):
+            try:
+                return error_of_detail(types_pb2.ErrorDetail.FromString(value))
+            except DecodeError:
+                break
+    return _error_of_status(call.code(), call.details() or "", is_write=is_write, address=address)
+
+
+def error_of_detail(detail: types_pb2.ErrorDetail) -> ShoalError:
+    """Rebuilds the server's error; a kind this version does not know becomes Internal."""
+    return KINDS.get(detail.kind, Internal)(
+        detail.message,
+        outcome=_OUTCOMES.get(detail.outcome, "maybe_applied"),
+        field=detail.field or None,
+        limit=detail.limit or None,
+        retry_after_ms=detail.retry_after_ms if detail.HasField("retry_after_ms") else None,
+    )
+
+
+def error_of_lost_call(reason: str, *, is_write: bool) -> ShoalError:
+    """Returns what a call is that got no answer."""
+    if is_write:
+        return Indeterminate(
+            f"{reason}; the write may or may not have been applied", outcome="maybe_applied"
+        )
+    return Unavailable(reason)
+
+
+def _error_of_status(
+    code: grpc.StatusCode, details: str, *, is_write: bool, address: str
+) -> ShoalError:
+    reason = f"no answer from {address}: {code.name.lower()}: {details}"
+    if code in _LOST_IN_TRANSIT:
+        return error_of_lost_call(reason, is_write=is_write)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        if "larger than max" in details:
+            return InvalidRequest(
+                f"a message is too large: {details}",
+                field="request",
+                limit=f"{REQUEST_BYTES_MAX} bytes a request, {REPLY_BYTES_MAX} bytes a reply",
+            )
+        return Overloaded(reason)
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return Internal(
+            f"{address} does not offer this call; is it a Shoal server of this version? {details}"
+        )
+    kind = STATUS_KINDS.get(code, Internal)
+    applied: Outcome = "maybe_applied" if is_write and kind is Internal else "not_applied"
+    return kind(f"{address} answered {code.name.lower()}: {details}", outcome=applied)

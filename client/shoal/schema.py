@@ -1,0 +1,140 @@
+"""What a collection is, as the SDK's user sees it, and its way to and from the wire."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from shoal.errors import Internal, InvalidRequest
+from shoal_protos.v1 import collections_pb2, types_pb2
+
+MetricName = Literal["cosine", "dot", "l2"]
+AttributeTypeName = Literal["keyword", "keyword_list", "int", "float", "bool", "timestamp"]
+
+Model = tuple[str, str]
+"""Name and version of an embedding model."""
+
+METRICS: Mapping[str, types_pb2.Metric.ValueType] = {
+    "cosine": types_pb2.METRIC_COSINE,
+    "dot": types_pb2.METRIC_DOT,
+    "l2": types_pb2.METRIC_L2,
+}
+ATTRIBUTE_TYPES: Mapping[str, types_pb2.AttributeType.ValueType] = {
+    "keyword": types_pb2.ATTRIBUTE_TYPE_KEYWORD,
+    "keyword_list": types_pb2.ATTRIBUTE_TYPE_KEYWORD_LIST,
+    "int": types_pb2.ATTRIBUTE_TYPE_INT,
+    "float": types_pb2.ATTRIBUTE_TYPE_FLOAT,
+    "bool": types_pb2.ATTRIBUTE_TYPE_BOOL,
+    "timestamp": types_pb2.ATTRIBUTE_TYPE_TIMESTAMP,
+}
+_METRIC_NAMES: dict[int, MetricName] = {METRICS[name]: name for name in get_args(MetricName)}
+_TYPE_NAMES: dict[int, AttributeTypeName] = {
+    ATTRIBUTE_TYPES[name]: name for name in get_args(AttributeTypeName)
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectionSchema:
+    """Everything a collection is.
+
+    attributes: declared attributes in declaration order. partition_by: the keyword attribute whose
+    value chooses a point's shard, None when the id does. id is never used for another collection;
+    version counts alterations from 1.
+    """
+
+    name: str
+    dimension: int
+    metric: MetricName
+    attributes: Mapping[str, AttributeTypeName] = field(default_factory=dict)
+    partition_by: str | None = None
+    shards: int = 1
+    replicas: int = 1
+    recall_target: float = 0.95
+    model: Model | None = None
+    chunking_rule: str = ""
+    id: str = ""
+    version: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectionDescription:
+    """A schema, and the live rows its shards last reported (`count` gives the exact number)."""
+
+    schema: CollectionSchema
+    rows_live: int
+
+
+def model_to_proto(model: Model | None) -> types_pb2.EmbeddingModel | None:
+    """Raises: InvalidRequest unless `model` is a pair of strings or None."""
+    if model is None:
+        return None
+    match model:
+        case (str() as name, str() as version):
+            return types_pb2.EmbeddingModel(name=name, version=version)
+    raise InvalidRequest(f"model {model!r} must be a pair (name, version) of str", field="model")
+
+
+def declarations(
+    attributes: Mapping[str, AttributeTypeName],
+) -> list[collections_pb2.AttributeDeclaration]:
+    """Raises: InvalidRequest listing the types there are."""
+    declared = []
+    for name, kind in attributes.items():
+        if kind not in ATTRIBUTE_TYPES:
+            raise InvalidRequest(
+                f"attribute {name!r} is declared as {kind!r}, which is not a type",
+                field=f"attributes.{name}",
+                limit=f"one of {', '.join(ATTRIBUTE_TYPES)}",
+            )
+        declared.append(collections_pb2.AttributeDeclaration(name=name, type=ATTRIBUTE_TYPES[kind]))
+    return declared
+
+
+def schema_to_proto(schema: CollectionSchema) -> collections_pb2.CollectionSchema:
+    """Raises: InvalidRequest for an unknown metric or attribute type."""
+    if schema.metric not in METRICS:
+        raise InvalidRequest(
+            f"metric {schema.metric!r} is not known",
+            field="metric",
+            limit=f"one of {', '.join(METRICS)}",
+        )
+    return collections_pb2.CollectionSchema(
+        name=schema.name,
+        dimension=schema.dimension,
+        metric=METRICS[schema.metric],
+        attributes=declarations(schema.attributes),
+        partition_by=schema.partition_by or "",
+        shards=schema.shards,
+        replicas=schema.replicas,
+        recall_target=schema.recall_target,
+        model=model_to_proto(schema.model),
+        chunking_rule=schema.chunking_rule,
+    )
+
+
+def schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionSchema:
+    """Raises: Internal when the server speaks of a metric or type this version does not know."""
+    try:
+        return _schema_from_proto(message)
+    except KeyError as error:
+        raise Internal(
+            f"collection {message.name!r} has a metric or an attribute type (number {error}) that "
+            "this version of the SDK does not know; install the server's version"
+        ) from error
+
+
+def _schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionSchema:
+    model = (message.model.name, message.model.version) if message.HasField("model") else None
+    return CollectionSchema(
+        name=message.name,
+        dimension=message.dimension,
+        metric=_METRIC_NAMES[message.metric],
+        attributes={each.name: _TYPE_NAMES[each.type] for each in message.attributes},
+        partition_by=message.partition_by or None,
+        shards=message.shards,
+        replicas=message.replicas,
+        recall_target=message.recall_target,
+        model=model,
+        chunking_rule=message.chunking_rule,
+        id=message.id,
+        version=message.version,
+    )

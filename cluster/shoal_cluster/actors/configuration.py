@@ -1,0 +1,36 @@
+"""What every actor of a cluster is told when it starts; picklable, the same for all."""
+
+from dataclasses import dataclass, field
+
+from shoal_cluster.domain.ids import ServerId
+
+NAMESPACE = "shoal"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfiguration:
+    """cluster: short name that prefixes actor names, so that clusters can share a Ray.
+
+    bucket: directory or URL. run_directory: sockets, caches and scratch of this cluster on every
+    node; short, because socket paths may have 107 bytes. link_host: None for Unix sockets (one
+    node), else the interface to listen on, "" meaning the node's own address. secret: shared by all
+    links of the cluster. servers: every shard server. grpc_host, grpc_port: where coordinators
+    listen; coordinators: how many. server_cpus: Ray's logical CPUs a server reserves.
+    """
+
+    cluster: str
+    incarnation: str
+    cluster_uuid: bytes
+    bucket: str
+    run_directory: str
+    link_host: str | None
+    secret: bytes = field(repr=False)
+    servers: tuple[ServerId, ...]
+    search_threads: int
+    grpc_host: str
+    grpc_port: int
+    server_cpus: float
+
+    def actor_name(self, name: str) -> str:
+        """Returns the name of an actor within Ray's namespace."""
+        return f"{self.cluster}:{name}"

@@ -1,0 +1,331 @@
+"""Keeps what runs equal to what the catalog says: observe, compare, command, publish, repeat.
+
+Holds nothing durable: started anywhere, it reads the catalog and observes the servers. Two
+controllers at once can duel over who leads a shard, which costs time but never a write: shards
+are fenced in the bucket. The one that no longer owns the catalog stops.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+import structlog
+
+from shoal_cluster.control.catalog import Catalog, CatalogLog, CollectionRecord, Owner
+from shoal_cluster.control.placement import place_all
+from shoal_cluster.control.reconcile import (
+    Command,
+    OpenReplica,
+    diff,
+    topology_of,
+)
+from shoal_cluster.bucket.store import Store
+from shoal_cluster.domain.clock import Clock
+from shoal_cluster.domain.errors import (
+    AlreadyExists,
+    Conflict,
+    NotFound,
+    ShoalError,
+    Unavailable,
+)
+from shoal_cluster.domain.ids import CollectionId, IdGenerator, ServerId, ShardNumber
+from shoal_cluster.domain.keys import COLLECTIONS_PREFIX, ShardKeys
+from shoal_cluster.domain.observation import ServerReport
+from shoal_cluster.domain.schema import CollectionSchema, validate_schema
+from shoal_cluster.domain.schema_change import SchemaChange, apply_change
+from shoal_cluster.domain.topology import Topology
+from shoal_cluster.manifest.commit import Manifests
+
+_log = structlog.get_logger()
+
+ROUND_S = 0.3
+"""Pause between rounds; a lost link starts a round at once."""
+SUSPECT_AFTER_S = 2.0
+"""A server that answers nothing for so long is treated as dead; fencing makes an early verdict
+safe, and Ray's own verdict takes 15–65 s."""
+READY_TIMEOUT_S = 60.0
+COLLECTIONS_MAX = 1000
+
+
+class Servers(Protocol):
+    """Port: the shard servers, however they are reached. Each method ends within seconds."""
+
+    def placed(self) -> Mapping[ServerId, str]:
+        """Returns every server the cluster consists of, running or not, and its node."""
+        ...
+
+    async def report(self, server: ServerId) -> ServerReport:
+        """Raises: NotFound when no process answers to the name; Unavailable when it is silent."""
+        ...
+
+    async def carry_out(self, command: Command) -> None:
+        """Raises: Unavailable when the server cannot be reached, or what the command raised."""
+        ...
+
+
+class Audience(Protocol):
+    """Port: those who want to know the topology."""
+
+    def publish(self, topology: Topology) -> None: ...
+
+
+class ControlLoop:
+    """The controller's work; `run` until `close`."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        clock: Clock,
+        ids: IdGenerator,
+        servers: Servers,
+        audience: Audience,
+        cluster_uuid: bytes,
+        owner: Owner,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._ids = ids
+        self._servers = servers
+        self._audience = audience
+        self._cluster_uuid = cluster_uuid
+        self._owner = owner
+        self._catalog_log = CatalogLog(store, clock, ids)
+        self._wake = asyncio.Event()
+        self._seen: dict[ServerId, float] = {}
+        self._busy: dict[tuple[type, ServerId, str, int], asyncio.Task[None]] = {}
+        self._changed = asyncio.Condition()
+        self.catalog = Catalog()
+        self.reports: dict[ServerId, ServerReport] = {}
+        self.topology = Topology(version=0, cluster_uuid=cluster_uuid)
+
+    async def claim(self) -> None:
+        """Makes this cluster the bucket's owner. Whether the former one lives is checked before.
+
+        Raises: Conflict, Unavailable.
+        """
+        self.catalog = await self._catalog_log.update(lambda catalog: replace(catalog, owner=self._owner))
+
+    async def run(self) -> None:
+        """Reconciles until cancelled, or until another cluster owns the bucket."""
+        while True:
+            try:
+                await self._round()
+            except (Unavailable, Conflict) as error:
+                _log.warning("control_round_failed", reason=error.message)
+            self._wake.clear()
+            try:
+                await asyncio.wait_for(self._wake.wait(), ROUND_S)
+            except TimeoutError:
+                continue
+
+    def wake(self) -> None:
+        """Starts a round at once; called when a link is lost."""
+        self._wake.set()
+
+    async def create_collection(self, schema: CollectionSchema) -> CollectionSchema:
+        """Creates a collection and returns when every shard takes writes. `schema.id` is ignored.
+
+        Raises: InvalidRequest, AlreadyExists, Unavailable (created, but not serving yet).
+        """
+        validate_schema(schema)
+        created = replace(schema, id=CollectionId(self._ids.hex(16)), version=1)
+        self._refuse_duplicate(self.catalog, created)
+        for shard in range(created.shards):
+            keys = ShardKeys(created.id, ShardNumber(shard))
+            await Manifests(self._store, keys, self._clock).create_first()
+
+        def add(catalog: Catalog) -> Catalog:
+            self._refuse_duplicate(catalog, created)
+            record = CollectionRecord(schema=created, assignment=())
+            return place_all(catalog.with_record(record), self._servers.placed())
+
+        await self._update(add)
+        await self._until_serving(created)
+        return created
+
+    async def alter_collection(self, change: SchemaChange) -> CollectionSchema:
+        """Changes a collection; returns its schema once the catalog holds it and replicas know.
+
+        Raises: NotFound, InvalidRequest, Conflict.
+        """
+        altered: list[CollectionSchema] = []
+
+        def alter(catalog: Catalog) -> Catalog:
+            record = _existing(catalog, change.name)
+            schema = apply_change(record.schema, change)
+            altered[:] = [schema]
+            return place_all(
+                catalog.with_record(replace(record, schema=schema)), self._servers.placed()
+            )
+
+        await self._update(alter)
+        await self._until_serving(altered[0])
+        return altered[0]
+
+    async def drop_collection(self, name: str) -> None:
+        """Removes a collection from the catalog; its objects are deleted in the background.
+
+        Raises: NotFound.
+        """
+        await self._update(lambda catalog: catalog.without(_existing(catalog, name).schema.id))
+
+    def describe(self, name: str) -> CollectionSchema:
+        """Raises: NotFound."""
+        return _existing(self.catalog, name).schema
+
+    async def _update(self, change: "CatalogChange") -> None:
+        def owned(catalog: Catalog) -> Catalog:
+            self._require_ownership(catalog)
+            return change(catalog)
+
+        self.catalog = await self._catalog_log.update(owned)
+        self._publish()
+        self.wake()
+
+    def _require_ownership(self, catalog: Catalog) -> None:
+        owner = catalog.owner
+        if owner is None or owner.incarnation != self._owner.incarnation:
+            raise Conflict(
+                "another cluster has taken this bucket over "
+                f"({'nobody' if owner is None else owner.address}); this one must be shut down"
+            )
+
+    def _refuse_duplicate(self, catalog: Catalog, schema: CollectionSchema) -> None:
+        if catalog.by_name(schema.name) is not None:
+            raise AlreadyExists(
+                f"collection {schema.name!r} exists already; drop it first or choose another name",
+                field="name",
+            )
+        if len(catalog.collections) >= COLLECTIONS_MAX:
+            raise Conflict(
+                f"there are {len(catalog.collections)} collections already",
+                limit=f"{COLLECTIONS_MAX} collections",
+            )
+
+    async def _until_serving(self, schema: CollectionSchema) -> None:
+        """Waits until coordinators can reach a primary of every shard with this schema."""
+
+        def serving() -> bool:
+            place = self.topology.collections.get(schema.name)
+            if place is None or any(shard.primary is None for shard in place.shards):
+                return False
+            return all(
+                replica.schema_version >= schema.version
+                for report in self.reports.values()
+                for replica in report.replicas
+                if replica.collection == schema.id
+            )
+
+        try:
+            async with self._changed:
+                await asyncio.wait_for(self._changed.wait_for(serving), READY_TIMEOUT_S)
+        except TimeoutError:
+            raise Unavailable(
+                f"collection {schema.name!r} is in the catalog but not all of its shards serve "
+                f"after {READY_TIMEOUT_S:g} s; look at `shoal status`"
+            ) from None
+
+    async def _round(self) -> None:
+        self.catalog = await self._refresh_catalog()
+        await self._observe()
+        for command in diff(self.catalog, self.reports):
+            self._start(command)
+        self._publish()
+        async with self._changed:
+            self._changed.notify_all()
+        await self._delete_dropped()
+
+    async def _refresh_catalog(self) -> Catalog:
+        placed = place_all(self.catalog, self._servers.placed())
+        if placed != self.catalog:
+            await self._update(lambda catalog: place_all(catalog, self._servers.placed()))
+        return self.catalog
+
+    async def _observe(self) -> None:
+        """Asks every server at once; keeps the last report of one that is merely slow."""
+        names = list(self._servers.placed())
+        answers = await asyncio.gather(
+            *(self._servers.report(server) for server in names), return_exceptions=True
+        )
+        now_s = self._clock.monotonic_s()
+        for server, answer in zip(names, answers, strict=True):
+            if isinstance(answer, ServerReport):
+                if server not in self.reports:
+                    _log.info("server_seen", server=server, incarnation=answer.incarnation)
+                self.reports[server] = answer
+                self._seen[server] = now_s
+            elif isinstance(answer, ShoalError):
+                silent_s = now_s - self._seen.get(server, float("-inf"))
+                if server in self.reports and (
+                    silent_s > SUSPECT_AFTER_S or isinstance(answer, NotFound)
+                ):
+                    _log.warning("server_suspected", server=server, reason=answer.message)
+                    del self.reports[server]
+            elif isinstance(answer, BaseException):
+                raise answer
+
+    def _start(self, command: Command) -> None:
+        """Carries a command out in the background, unless the same is under way already."""
+        collection = (
+            command.schema.id if isinstance(command, OpenReplica) else command.collection
+        )
+        key = (type(command), command.server, collection, command.shard)
+        running = self._busy.get(key)
+        if running is not None and not running.done():
+            return
+        self._busy[key] = asyncio.ensure_future(self._carry_out(command))
+
+    async def _carry_out(self, command: Command) -> None:
+        try:
+            await self._servers.carry_out(command)
+        except ShoalError as error:
+            _log.warning(
+                "command_failed",
+                command=type(command).__name__,
+                server=command.server,
+                shard=command.shard,
+                reason=error.message,
+            )
+            return
+        self.wake()
+
+    def _publish(self) -> None:
+        topology = topology_of(
+            self.catalog, self.reports, self._cluster_uuid, self.topology.version
+        )
+        if topology != self.topology:
+            self.topology = replace(topology, version=self.topology.version + 1)
+            self._audience.publish(self.topology)
+
+    async def _delete_dropped(self) -> None:
+        """Deletes the objects of dropped collections that no live server holds any more."""
+        held = {
+            replica.collection for report in self.reports.values() for replica in report.replicas
+        }
+        for collection in self.catalog.dropped:
+            if collection in held:
+                continue
+            for entry in await self._store.list(f"{COLLECTIONS_PREFIX}{collection}/"):
+                await self._store.delete(entry.key)
+            await self._update(
+                lambda catalog, gone=collection: replace(
+                    catalog, dropped=tuple(name for name in catalog.dropped if name != gone)
+                )
+            )
+
+
+class CatalogChange(Protocol):
+    def __call__(self, catalog: Catalog, /) -> Catalog: ...
+
+
+def _existing(catalog: Catalog, name: str) -> CollectionRecord:
+    record = catalog.by_name(name)
+    if record is None:
+        known = ", ".join(sorted(entry.schema.name for entry in catalog.collections.values()))
+        raise NotFound(
+            f"there is no collection {name[:80]!r}; there are: {known or 'none'}", field="collection"
+        )
+    return record
+

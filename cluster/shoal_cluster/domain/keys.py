@@ -1,0 +1,74 @@
+"""Where everything lies in a bucket. Fixed by format version 1.
+
+    cluster                                     create-once: cluster uuid, format, conformance result
+    catalog/v/{version}    catalog/floor/{version}
+    c/{collection}/s/{shard}/wal/{slot}         data or fence; slots contiguous from 1
+                            /man/{version}      manifests, contiguous from 0
+                            /floor/{version}    markers: versions at or below are being deleted
+                            /seg/{segment}/{file}
+
+Numbers are zero-padded to 20 digits. Nothing depends on the order of a listing.
+"""
+
+from dataclasses import dataclass
+
+from shoal_cluster.domain.ids import CollectionId, Epoch, SegmentId, ShardNumber, Slot
+
+CLUSTER_KEY = "cluster"
+CATALOG_PREFIX = "catalog/"
+COLLECTIONS_PREFIX = "c/"
+_DIGITS = 20
+
+
+def padded(number: int) -> str:
+    """Returns the number as every key writes it."""
+    return f"{number:0{_DIGITS}d}"
+
+
+def number_of(key: str) -> int:
+    """Returns the number that ends a key written with `padded`."""
+    return int(key.rsplit("/", 1)[1])
+
+
+def segment_id(epoch: Epoch, counter: int, unique: str) -> SegmentId:
+    """Returns a segment's name; `unique` is 8 random hex digits, so names are never reused."""
+    return SegmentId(f"{padded(epoch)}-{counter:06d}-{unique}")
+
+
+def epoch_of_segment(segment: str) -> Epoch:
+    """Returns the epoch that created a segment, which its name carries."""
+    return Epoch(int(segment.split("-", 1)[0]))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardKeys:
+    """The keys of one shard."""
+
+    collection: CollectionId
+    shard: ShardNumber
+
+    @property
+    def prefix(self) -> str:
+        return f"{COLLECTIONS_PREFIX}{self.collection}/s/{self.shard:04d}/"
+
+    @property
+    def wal(self) -> str:
+        return f"{self.prefix}wal/"
+
+    @property
+    def manifests(self) -> str:
+        return f"{self.prefix}man/"
+
+    @property
+    def floors(self) -> str:
+        return f"{self.prefix}floor/"
+
+    @property
+    def segments(self) -> str:
+        return f"{self.prefix}seg/"
+
+    def slot(self, slot: Slot) -> str:
+        return f"{self.wal}{padded(slot)}"
+
+    def segment(self, segment: SegmentId) -> str:
+        return f"{self.segments}{segment}/"

@@ -1,0 +1,127 @@
+"""What the servicers delegate to. query/ and ingest/ implement the data side, actors the rest."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from shoal_cluster.domain.request import RequestName
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.schema_change import SchemaChange
+from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
+from shoal_cluster.filtering.expression import Expression
+from shoal_cluster.ingest.execute import WriteResult
+from shoal_cluster.ingest.validate import (
+    DeleteRequest,
+    DeleteWhereRequest,
+    PatchRequest,
+    UpsertRequest,
+)
+from shoal_cluster.query.execute import SearchResult
+from shoal_cluster.query.plan import Freshness, SearchRequest
+from shoal_cluster.query.rows import CountResult, RowsResult
+
+
+class CollectionControl(Protocol):
+    """The controller's side. Every change is durable in the catalog when its call returns, and the
+    topology of this coordinator shows it: what a client does next must find the collection.
+    """
+
+    async def create_collection(
+        self, schema: CollectionSchema, name: RequestName, *, timeout_s: float
+    ) -> CollectionSchema:
+        """Creates a collection and returns it with its id and version.
+
+        schema: passed `validate_schema`; its id is "" and its version 1.
+
+        Raises: AlreadyExists unless `name` is the request that created it.
+        """
+        ...
+
+    async def alter_collection(
+        self, change: SchemaChange, name: RequestName, *, timeout_s: float
+    ) -> CollectionSchema:
+        """Commits `apply_change` and returns the schema as stored now.
+
+        Raises: NotFound, Conflict, InvalidRequest.
+        """
+        ...
+
+    async def drop_collection(
+        self, collection: str, name: RequestName, *, timeout_s: float
+    ) -> None:
+        """Removes a collection from the catalog.
+
+        Raises: NotFound unless `name` is the request that dropped it.
+        """
+        ...
+
+    async def describe_collection(self, collection: str, *, timeout_s: float) -> CollectionStatus:
+        """Returns schema and rows; `shards` may be left empty.
+
+        Raises: NotFound.
+        """
+        ...
+
+    async def list_collections(self, *, timeout_s: float) -> Sequence[CollectionSchema]:
+        """Returns all collections, in any order."""
+        ...
+
+
+class StatusSource(Protocol):
+    async def status(self, *, timeout_s: float) -> ClusterStatus:
+        """Returns the cluster as the controller last saw it."""
+        ...
+
+
+class Searching(Protocol):
+    """query/execute.py `Searcher`."""
+
+    async def search(self, request: SearchRequest, *, timeout_s: float) -> SearchResult: ...
+
+
+class RowReading(Protocol):
+    """query/rows.py `RowReader`."""
+
+    async def get(
+        self,
+        collection: str,
+        ids: Sequence[bytes],
+        *,
+        with_vector: bool,
+        freshness: Freshness,
+        timeout_s: float,
+    ) -> RowsResult: ...
+
+    async def scroll(
+        self,
+        collection: str,
+        *,
+        filter: Expression | None,
+        limit: int,
+        cursor: bytes,
+        with_vector: bool,
+        freshness: Freshness,
+        timeout_s: float,
+    ) -> RowsResult: ...
+
+    async def count(
+        self,
+        collection: str,
+        *,
+        filter: Expression | None,
+        freshness: Freshness,
+        timeout_s: float,
+    ) -> CountResult: ...
+
+
+class Writing(Protocol):
+    """ingest/execute.py `Writer`."""
+
+    async def upsert(self, request: UpsertRequest, *, timeout_s: float) -> WriteResult: ...
+
+    async def patch(self, request: PatchRequest, *, timeout_s: float) -> WriteResult: ...
+
+    async def delete(self, request: DeleteRequest, *, timeout_s: float) -> WriteResult: ...
+
+    async def delete_where(
+        self, request: DeleteWhereRequest, *, timeout_s: float
+    ) -> WriteResult: ...

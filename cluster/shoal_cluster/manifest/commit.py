@@ -1,0 +1,67 @@
+"""Reads and commits the manifests of one shard."""
+
+from shoal_cluster.bucket.envelope import EnvelopeKind
+from shoal_cluster.bucket.store import Store
+from shoal_cluster.domain.clock import Clock
+from shoal_cluster.domain.ids import Epoch, ManifestVersion, Seq, Slot
+from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.manifest import invariants
+from shoal_cluster.manifest.manifest import Manifest
+from shoal_cluster.manifest.version_log import VersionLog
+
+FIRST_PUT_ID = bytes(16)
+
+
+class Manifests:
+    """The manifest versions of one shard."""
+
+    def __init__(self, store: Store, keys: ShardKeys, clock: Clock) -> None:
+        self._keys = keys
+        self.versions = VersionLog(
+            store,
+            versions=keys.manifests,
+            floors=keys.floors,
+            kind=EnvelopeKind.MANIFEST,
+            floor_kind=EnvelopeKind.MANIFEST_FLOOR,
+            clock=clock,
+        )
+
+    async def newest(self) -> Manifest | None:
+        """Returns the newest manifest, or None for a shard that was never created.
+
+        Raises: Corrupt naming what is broken; Unavailable.
+        """
+        version = await self.versions.newest()
+        if version is None:
+            return None
+        manifest = Manifest.from_wire(version.number, version.put_id, version.fields)
+        invariants.require(manifest, None, where=f"{self._keys.manifests}{version.number:020d}")
+        return manifest
+
+    async def newest_number(self) -> int | None:
+        return await self.versions.newest_number()
+
+    async def create_first(self) -> None:
+        """Creates version 0 of an empty shard; every creator writes the same bytes."""
+        manifest = Manifest(
+            version=ManifestVersion(0),
+            parent_put_id=FIRST_PUT_ID,
+            put_id=FIRST_PUT_ID,
+            epoch=Epoch(0),
+            floor_slot=Slot(0),
+            floor_epoch=Epoch(0),
+            floor_seq=Seq(0),
+            segments=(),
+            dedup=[],
+            schema_version=0,
+            sum=0,
+        )
+        await self.versions.commit(0, FIRST_PUT_ID, manifest.to_wire())
+
+    async def commit(self, parent: Manifest, child: Manifest) -> bool:
+        """Commits `child` after `parent`; False when somebody else took that version.
+
+        Raises: Corrupt when the step breaks an invariant (nothing was written).
+        """
+        invariants.require(child, parent, where=f"commit of manifest {child.version}")
+        return await self.versions.commit(child.version, child.put_id, child.to_wire())

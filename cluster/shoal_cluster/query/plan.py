@@ -1,0 +1,216 @@
+"""Turns a search request into what the shards are asked. Pure; second step of the search path.
+
+Everything that can be refused is refused here, before a shard is touched.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal_cluster.domain.errors import InvalidRequest, NotFound
+from shoal_cluster.domain.ids import ShardNumber
+from shoal_cluster.domain.limits import (
+    MIB,
+    POINT_ID_BYTES_MAX,
+    RECALL_TARGET_MAX,
+    RECALL_TARGET_MIN,
+    SEARCH_BATCH_MAX,
+    SEARCH_K_MAX,
+)
+from shoal_cluster.domain.point import Vectors
+from shoal_cluster.domain.schema import CollectionSchema, EmbeddingModel, Metric
+from shoal_cluster.domain.session import ORIGIN, Consistency, SessionToken
+from shoal_cluster.domain.topology import CollectionPlace, Topology
+from shoal_cluster.domain.vectors import prepare_vectors, require_dimension, require_model
+from shoal_cluster.filtering.expression import Expression
+from shoal_cluster.filtering.validation import validate
+from shoal_cluster.filtering.wire import to_wire
+from shoal_cluster.query.pruning import PrunedShard, reachable_shards
+from shoal_cluster.shard.calls import ReadLevel, SearchCall
+
+
+HITS_WITH_ROWS_MAX = 10_000
+"""Hits of all queries together when payloads or vectors are asked for."""
+
+HITS_VECTOR_BYTES_MAX = 32 * MIB
+"""Vectors in one answer; half of what a frame between actors holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Freshness:
+    """How fresh a read must be. collection_id: whose positions the token holds, "" if unknown."""
+
+    consistency: Consistency = Consistency.SESSION
+    token: SessionToken = field(default_factory=dict)
+    collection_id: str = ""
+
+    def level(self, shard: ShardNumber, schema: CollectionSchema) -> ReadLevel:
+        """Returns what one shard is asked for.
+
+        A token of another collection is ignored: the name was dropped and created anew since.
+        """
+        if self.consistency is not Consistency.SESSION:
+            return ReadLevel(consistency=self.consistency)
+        stranger = self.collection_id not in ("", schema.id)
+        position = ORIGIN if stranger else self.token.get(shard, ORIGIN)
+        return ReadLevel(consistency=Consistency.SESSION, at_least=position)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchRequest:
+    """One to SEARCH_BATCH_MAX queries under one filter, by vector or by stored point.
+
+    queries: (n, dimension) float32 as the caller gave them, or None. ids: UTF-8, () with queries.
+    recall_target: None means the collection's.
+    """
+
+    collection: str
+    k: int
+    queries: Vectors | None = None
+    ids: tuple[bytes, ...] = ()
+    filter: Expression | None = None
+    exact: bool = False
+    recall_target: float | None = None
+    freshness: Freshness = field(default_factory=Freshness)
+    with_payload: bool = False
+    with_vector: bool = False
+    explain: bool = False
+    model: EmbeddingModel | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchPlan:
+    """queries: (n, dimension) float32 as the index wants them. k: what each shard is asked for.
+
+    excluded: the id that each query must not find, or None. shards: those to ask, ascending.
+    """
+
+    schema: CollectionSchema
+    queries: Vectors
+    k: int
+    excluded: tuple[bytes, ...] | None
+    filter_wire: Any
+    shards: tuple[ShardNumber, ...]
+    pruned: tuple[PrunedShard, ...]
+    with_tails: bool
+
+    def call(self, shard: ShardNumber, request: SearchRequest) -> SearchCall:
+        """Returns the message for one shard."""
+        return SearchCall(
+            collection=self.schema.id,
+            shard=shard,
+            k=self.k,
+            filter=self.filter_wire,
+            exact=request.exact,
+            recall_target=request.recall_target,
+            with_payload=self.with_tails,
+            with_vector=request.with_vector,
+            explain=request.explain,
+            level=request.freshness.level(shard, self.schema),
+        )
+
+
+def collection_of(topology: Topology, name: str) -> CollectionPlace:
+    """Returns where a collection is.
+
+    Raises: NotFound naming the collection.
+    """
+    place = topology.collections.get(name)
+    if place is None:
+        raise NotFound(f"collection {name[:80]!r} does not exist", field="collection")
+    return place
+
+
+def check_search(request: SearchRequest, schema: CollectionSchema) -> None:
+    """Checks everything but the vectors and the filter.
+
+    Raises: InvalidRequest naming the field and the limit.
+    """
+    if not 1 <= request.k <= SEARCH_K_MAX:
+        raise InvalidRequest(
+            f"k {request.k} is out of range", field="k", limit=f"1 to {SEARCH_K_MAX}"
+        )
+    target = request.recall_target
+    if target is not None and not RECALL_TARGET_MIN <= target <= RECALL_TARGET_MAX:
+        raise InvalidRequest(
+            f"recall_target {target} is out of range",
+            field="recall_target",
+            limit=f"{RECALL_TARGET_MIN} to {RECALL_TARGET_MAX}",
+        )
+    by_vector = request.queries is not None
+    if by_vector == bool(request.ids):
+        raise InvalidRequest(
+            "a search takes either vectors or ids"
+            + (", this one names both" if by_vector else ", this one names neither"),
+            field="vectors",
+        )
+    count = len(request.ids) if request.queries is None else len(request.queries)
+    if not 1 <= count <= SEARCH_BATCH_MAX:
+        raise InvalidRequest(
+            f"the search holds {count} queries",
+            field="vectors" if by_vector else "ids",
+            limit=f"1 to {SEARCH_BATCH_MAX} queries",
+        )
+    _check_answer_size(request.k * count, request, schema)
+    for i, point_id in enumerate(request.ids):
+        if not 1 <= len(point_id) <= POINT_ID_BYTES_MAX:
+            raise InvalidRequest(
+                f"the id has {len(point_id)} bytes",
+                field=f"ids[{i}]",
+                limit=f"1 to {POINT_ID_BYTES_MAX} bytes",
+            )
+    require_model(request.model, schema.model, schema.name)
+
+
+def _check_answer_size(hits: int, request: SearchRequest, schema: CollectionSchema) -> None:
+    if (request.with_payload or request.with_vector) and hits > HITS_WITH_ROWS_MAX:
+        raise InvalidRequest(
+            f"up to {hits} hits with payloads or vectors are asked for; ask for fewer, or get them "
+            "by id afterwards",
+            field="k",
+            limit=f"{HITS_WITH_ROWS_MAX} hits of all queries together",
+        )
+    vector_bytes = hits * schema.dimension * 4
+    if request.with_vector and vector_bytes > HITS_VECTOR_BYTES_MAX:
+        raise InvalidRequest(
+            f"up to {vector_bytes} bytes of vectors are asked for; ask for fewer hits, or get them "
+            "by id afterwards",
+            field="with_vector",
+            limit=f"{HITS_VECTOR_BYTES_MAX} bytes",
+        )
+
+
+def plan_search(
+    request: SearchRequest, schema: CollectionSchema, *, stored: Vectors | None = None
+) -> SearchPlan:
+    """Returns what to ask which shards.
+
+    request: passed `check_search`. stored: for a search by id, the vectors of `request.ids` as
+    the shards keep them; each id is then left out of its own hits, so one hit more is asked for.
+
+    Raises: InvalidRequest naming the field, e.g. `vectors[2]` or `filter.and[0].attribute`.
+    """
+    filter = None
+    if request.filter is not None:
+        filter = validate(request.filter, schema.attributes)
+    if stored is not None:
+        queries = stored
+    else:
+        assert request.queries is not None, "check_search refuses a search without queries"
+        require_dimension(request.queries, schema.dimension, schema.name, field="vectors[0]")
+        queries, _ = prepare_vectors(request.queries, schema.metric, field=_query_field)
+    shards, pruned = reachable_shards(schema, filter)
+    return SearchPlan(
+        schema=schema,
+        queries=queries,
+        k=request.k if stored is None else request.k + 1,
+        excluded=None if stored is None else request.ids,
+        filter_wire=None if filter is None else to_wire(filter),
+        shards=shards,
+        pruned=pruned,
+        # Under cosine vectors are stored with unit length; the caller's length is in the tail.
+        with_tails=request.with_payload or (request.with_vector and schema.metric is Metric.COSINE),
+    )
+
+
+def _query_field(row: int) -> str:
+    return f"vectors[{row}]"

@@ -1,0 +1,169 @@
+"""Turns rows into the immutable files of a segment.
+
+Memory beyond the caller's rows: attribute maps decoded from the tails (about 1 KiB a row with eight
+attributes), the attribute index, about 100 bytes a row for ids and hashes, the codes (d / 8 bytes a
+row at 256-d and more), and one padded block of 16,384 rows. Vectors are never copied whole.
+
+One thread throughout: builds share machines with searches.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+from shoal_cluster.domain.point import SUM_MODULUS, Vectors, decode_tail, row_hash
+from shoal_cluster.domain.schema import AttributeType, AttributeValue, CollectionSchema
+from shoal_cluster.filtering import statistics
+from shoal_cluster.filtering.columns import build_columns
+from shoal_cluster.index import calibration, families
+from shoal_cluster.index.families import Family
+from shoal_cluster.segment import format as layout
+from shoal_cluster.segment.format import BuiltFile, FileWriter
+from shoal_cluster.segment.ids import write_ids
+from shoal_cluster.segment.meta import SegmentMeta, encode_meta
+from shoal_cluster.segment.payload import write_payload
+
+VECTORS_MAGIC = b"SHOALVEC"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmentInput:
+    """Rows as struct of arrays, all of one length n > 0; row i of the segment is element i.
+
+    ids: unique, UTF-8. seqs: (n,) uint64. vectors: (n, d) C-contiguous float32, unit length under
+    cosine. tails: domain/point.py `encode_tail`.
+    """
+
+    ids: Sequence[bytes]
+    seqs: npt.NDArray[np.uint64]
+    vectors: Vectors
+    tails: Sequence[bytes]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltSegment:
+    """What a build left in its directory. sum: set checksum of all rows (domain/point.py)."""
+
+    files: tuple[BuiltFile, ...]
+    rows: int
+    min_seq: int
+    max_seq: int
+    sum: int
+
+
+def build_segment(
+    rows: SegmentInput, schema: CollectionSchema, directory: Path, seed: int
+) -> BuiltSegment:
+    """Writes the files of one segment into `directory`, which must hold none of them yet.
+
+    The same rows, schema and seed give the same bytes.
+
+    Raises: Unavailable when the disk refuses (nothing is applied: no manifest names the files).
+    """
+    _assert_consistent(rows, schema)
+    hashes = row_hashes(rows)
+    family, reason = families.choose_family(len(rows), schema.dimension)
+    files = [
+        _write_vectors(rows.vectors, directory),
+        _write_ids(rows, hashes, directory),
+        _write_tails(rows.tails, directory),
+    ]
+    curve = calibration.NO_CURVE
+    if family is Family.FAST_SCAN:
+        codes = families.train_fast_scan(rows.vectors, schema.metric, seed)
+        files.append(_write_codes(codes, schema.dimension, directory))
+        index = families.FastScanIndex(codes, rows.vectors, schema.metric)
+        curve = calibration.measure_recall(index, rows.vectors, schema.metric, seed)
+    attributes = [decode_tail(tail)[1] for tail in rows.tails]
+    files.append(_write_attributes(attributes, schema.attributes, directory))
+    meta = SegmentMeta(
+        rows=len(rows),
+        min_seq=int(rows.seqs.min()),
+        max_seq=int(rows.seqs.max()),
+        sum=int(hashes.sum(dtype=np.uint64)),  # wraps at SUM_MODULUS, as the sum is defined
+        metric=schema.metric,
+        dimension=schema.dimension,
+        family=family,
+        family_reason=reason,
+        recall_curve=curve,
+        statistics=statistics.build(attributes, schema.attributes),
+        schema_version=schema.version,
+    )
+    with FileWriter(directory, layout.META) as writer:
+        writer.write(encode_meta(meta))
+        files.append(writer.finish())
+    return BuiltSegment(
+        files=tuple(files),
+        rows=meta.rows,
+        min_seq=meta.min_seq,
+        max_seq=meta.max_seq,
+        sum=meta.sum,
+    )
+
+
+def row_hashes(rows: SegmentInput) -> npt.NDArray[np.uint64]:
+    """Returns the hash of each row (domain/point.py `row_hash`). About 1.5 µs a row."""
+    vectors = rows.vectors.data.cast("B")
+    stride = rows.vectors.shape[1] * 4
+    seqs = rows.seqs.tolist()
+    return np.fromiter(
+        (
+            row_hash(rows.ids[i], seqs[i], vectors[i * stride : (i + 1) * stride], rows.tails[i])
+            for i in range(len(rows))
+        ),
+        dtype=np.uint64,
+        count=len(rows),
+    )
+
+
+def _assert_consistent(rows: SegmentInput, schema: CollectionSchema) -> None:
+    count = len(rows)
+    assert count > 0, "a segment has at least one row"
+    assert rows.vectors.shape == (count, schema.dimension), rows.vectors.shape
+    assert rows.vectors.dtype == np.float32 and rows.vectors.flags.c_contiguous
+    assert rows.seqs.shape == (count,) and rows.seqs.dtype == np.uint64
+    assert len(rows.tails) == count
+    assert SUM_MODULUS == 2**64, "the sum is accumulated in uint64"
+
+
+def _write_vectors(vectors: Vectors, directory: Path) -> BuiltFile:
+    with FileWriter(directory, layout.VECTORS) as writer:
+        writer.write(layout.encode_header(VECTORS_MAGIC, vectors.shape))
+        writer.write_array(vectors)
+        return writer.finish()
+
+
+def _write_ids(rows: SegmentInput, hashes: npt.NDArray[np.uint64], directory: Path) -> BuiltFile:
+    with FileWriter(directory, layout.IDS) as writer:
+        write_ids(writer, rows.ids, rows.seqs, hashes)
+        return writer.finish()
+
+
+def _write_tails(tails: Sequence[bytes], directory: Path) -> BuiltFile:
+    with FileWriter(directory, layout.PAYLOAD) as writer:
+        write_payload(writer, tails)
+        return writer.finish()
+
+
+def _write_codes(codes: faiss.IndexIVFPQFastScan, dimension: int, directory: Path) -> BuiltFile:
+    with FileWriter(directory, layout.CODES) as writer:
+        for part in families.encode_codes(codes, dimension):
+            writer.write(part.data)
+        return writer.finish()
+
+
+def _write_attributes(
+    rows: Sequence[Mapping[str, AttributeValue]],
+    attributes: Mapping[str, AttributeType],
+    directory: Path,
+) -> BuiltFile:
+    with FileWriter(directory, layout.ATTRIBUTES) as writer:
+        writer.write(build_columns(rows, attributes))
+        return writer.finish()

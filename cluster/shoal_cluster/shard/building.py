@@ -1,0 +1,207 @@
+"""Builds one segment from WAL slots and older segments. Bucket in, bucket out.
+
+Runs outside the serving actors (actors/builder.py) or in process (tests, simulation). The result is
+an entry for the manifest; only the shard's primary may commit it. A build that dies leaves objects
+under a name that no manifest lists; garbage collection removes them.
+
+Memory: the rows of the result once as arrays plus what FAISS needs to train, at most
+BUILD_MEMORY_BYTES_MAX; planners keep their orders below SEGMENT_ROWS_MAX rows.
+"""
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from shoal_cluster.bucket.create import create_file_once
+from shoal_cluster.bucket.store import Store
+from shoal_cluster.domain.clock import Clock
+from shoal_cluster.domain.errors import Conflict
+from shoal_cluster.domain.ids import CollectionId, SegmentId, ShardNumber, Slot
+from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.manifest.manifest import FileEntry, SegmentEntry
+from shoal_cluster.segment.build import SegmentInput, build_segment
+from shoal_cluster.shard.compute import Compute
+from shoal_cluster.shard.segment_files import SegmentFiles
+from shoal_cluster.wal.log import Wal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuildOrder:
+    """What to build. wal_first..wal_last: slots whose surviving upserts go in (none if last is 0).
+
+    sources: segments whose live rows go in (compaction). seed: for calibration and training.
+    """
+
+    schema: CollectionSchema
+    shard: ShardNumber
+    cluster_uuid: bytes
+    segment: SegmentId
+    wal_first: Slot = Slot(0)
+    wal_last: Slot = Slot(0)
+    sources: tuple[SegmentEntry, ...] = ()
+    seed: int = 0
+
+    @property
+    def collection(self) -> CollectionId:
+        return self.schema.id
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "schema": self.schema.to_wire(),
+            "shard": self.shard,
+            "cluster_uuid": self.cluster_uuid,
+            "segment": self.segment,
+            "wal_first": self.wal_first,
+            "wal_last": self.wal_last,
+            "sources": [source.to_wire() for source in self.sources],
+            "seed": self.seed,
+        }
+
+    @staticmethod
+    def from_wire(fields: Mapping[str, Any]) -> "BuildOrder":
+        return BuildOrder(
+            schema=CollectionSchema.from_wire(fields["schema"]),
+            shard=fields["shard"],
+            cluster_uuid=fields["cluster_uuid"],
+            segment=fields["segment"],
+            wal_first=fields["wal_first"],
+            wal_last=fields["wal_last"],
+            sources=tuple(SegmentEntry.from_wire(source) for source in fields["sources"]),
+            seed=fields["seed"],
+        )
+
+
+class Builds(Protocol):
+    """Port: carries out build orders somewhere."""
+
+    async def build(self, order: BuildOrder) -> SegmentEntry | None:
+        """Returns the finished segment's entry, or None when no row survived.
+
+        Raises: Unavailable when the builder died or the bucket did not answer (nothing committed;
+        order again under a new segment id).
+        """
+        ...
+
+
+class LocalBuilds:
+    """Builds in this process."""
+
+    def __init__(self, store: Store, scratch: Path, clock: Clock, compute: Compute) -> None:
+        self._store = store
+        self._scratch = scratch
+        self._clock = clock
+        self._compute = compute
+
+    async def build(self, order: BuildOrder) -> SegmentEntry | None:
+        return await execute_build(order, self._store, self._scratch, self._clock, self._compute)
+
+
+async def execute_build(
+    order: BuildOrder, store: Store, scratch: Path, clock: Clock, compute: Compute
+) -> SegmentEntry | None:
+    """Carries out an order; see `Builds.build`."""
+    rows = _sort_by_id(await _collect_rows(order, store, scratch, clock, compute))
+    if not rows.ids:
+        return None
+    with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
+        directory = Path(folder)
+        built = await compute.run(
+            lambda: build_segment(rows, order.schema, directory, seed=order.seed)
+        )
+        keys = ShardKeys(order.collection, order.shard)
+        files = []
+        for name, path, size_bytes, sha256 in built.files:
+            key = keys.segment(order.segment) + name
+            await create_file_once(
+                store,
+                key,
+                path,
+                sha256=sha256,
+                size_bytes=size_bytes,
+                clock=clock,
+                deadline_s=None,
+            )
+            files.append(FileEntry(name=name, key=key, size_bytes=size_bytes, sha256=sha256))
+    return SegmentEntry(
+        id=order.segment,
+        files=tuple(files),
+        rows=built.rows,
+        min_seq=built.min_seq,
+        max_seq=built.max_seq,
+        tombstones=None,
+        dead=0,
+        sum=built.sum,
+    )
+
+
+async def _collect_rows(
+    order: BuildOrder, store: Store, scratch: Path, clock: Clock, compute: Compute
+) -> SegmentInput:
+    parts: list[SegmentInput] = []
+    files = SegmentFiles(store, scratch / "sources", compute)
+    for source in order.sources:
+        reader = await files.open_reader(source, order.schema)
+        dead = await files.tombstones(source)
+        live = np.array(
+            [row for row in range(reader.rows) if row not in dead] if dead else range(reader.rows),
+            dtype=np.uint32,
+        )
+        parts.append(await compute.run(lambda reader=reader, live=live: reader.export(live)))
+    if order.wal_last:
+        parts.append(await _rows_of_wal(order, store, clock))
+    return SegmentInput(
+        ids=[point_id for part in parts for point_id in part.ids],
+        seqs=np.concatenate([part.seqs for part in parts]),
+        vectors=np.concatenate([part.vectors for part in parts]),
+        tails=[tail for part in parts for tail in part.tails],
+    )
+
+
+async def _rows_of_wal(order: BuildOrder, store: Store, clock: Clock) -> SegmentInput:
+    """Returns the rows that live after the ordered slots, by those slots alone."""
+    wal = Wal(store, ShardKeys(order.collection, order.shard), order.cluster_uuid, clock)
+    survivors: dict[bytes, tuple[int, np.ndarray[Any, np.dtype[np.float32]], bytes]] = {}
+    expected = order.wal_first
+    async for record in wal.replay(order.wal_first):
+        if record.slot > order.wal_last:
+            break
+        expected = Slot(record.slot + 1)
+        batch = record.batch
+        row = 0
+        for i, point_id in enumerate(batch.ids):
+            if batch.upserts[i]:
+                survivors[point_id] = (record.first_seq + i, batch.vectors[row], batch.tails[row])
+                row += 1
+            else:
+                survivors.pop(point_id, None)
+    if expected != order.wal_last + 1:
+        raise Conflict(
+            f"slots up to {order.wal_last} were ordered but the log ends at {expected - 1}; "
+            "another primary has moved on"
+        )
+    count = len(survivors)
+    vectors = np.empty((count, order.schema.dimension), dtype=np.float32)
+    for place, (_, vector, _) in enumerate(survivors.values()):
+        vectors[place] = vector
+    return SegmentInput(
+        ids=list(survivors),
+        seqs=np.array([seq for seq, _, _ in survivors.values()], dtype=np.uint64),
+        vectors=vectors,
+        tails=[tail for _, _, tail in survivors.values()],
+    )
+
+
+def _sort_by_id(rows: SegmentInput) -> SegmentInput:
+    """Segments keep rows in byte order of ids, so that scroll is a merge."""
+    order = sorted(range(len(rows.ids)), key=rows.ids.__getitem__)
+    return SegmentInput(
+        ids=[rows.ids[i] for i in order],
+        seqs=rows.seqs[order],
+        vectors=rows.vectors[order],
+        tails=[rows.tails[i] for i in order],
+    )

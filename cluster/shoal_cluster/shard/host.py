@@ -1,0 +1,275 @@
+"""All replicas of one shard server: opens, promotes and closes them, and answers calls on them.
+
+Control methods are idempotent: the controller repeats them until what it observes is what it wants.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import structlog
+
+from shoal_cluster.domain.errors import (
+    NotPrimary,
+    ShoalError,
+    Unavailable,
+)
+from shoal_cluster.domain.ids import CollectionId, Epoch, ShardNumber, Slot
+from shoal_cluster.domain.observation import ReplicaReport, ReplicaState
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.filtering.expression import Expression, from_wire
+from shoal_cluster.shard import search
+from shoal_cluster.shard.calls import (
+    CountCall,
+    CountReply,
+    GetCall,
+    RowsReply,
+    ScrollCall,
+    SearchCall,
+    SearchReply,
+    WriteCall,
+    WriteReply,
+)
+from shoal_cluster.shard.ports import Publisher, ShardPorts
+from shoal_cluster.shard.primary import Primary
+from shoal_cluster.shard.replica import Replica
+from shoal_cluster.shard.takeover import take_over
+
+_log = structlog.get_logger()
+
+INLINE_ROWS_MAX = 4096
+"""Rows × queries below which a search runs on the loop: handing it to a thread costs 50–100 µs,
+about what scanning so many rows does."""
+
+ShardName = tuple[CollectionId, ShardNumber]
+
+
+@dataclass(slots=True)
+class _Hosted:
+    replica: Replica
+    state: ReplicaState
+    opening: asyncio.Task[None] | None = None
+    primary: Primary | None = None
+    promoting: asyncio.Lock | None = None
+    reason: str = ""
+
+
+class ShardHost:
+    """publisher_of: makes the Publisher of a shard, which knows the followers' addresses."""
+
+    def __init__(
+        self, ports: ShardPorts, publisher_of: Callable[[ShardName], Publisher]
+    ) -> None:
+        self._ports = ports
+        self._publisher_of = publisher_of
+        self._hosted: dict[ShardName, _Hosted] = {}
+        self.searches = 0
+
+    def open(self, schema: CollectionSchema, shard: ShardNumber) -> None:
+        """Begins to load a replica, or hands a newer schema to one that is there."""
+        name = (schema.id, shard)
+        hosted = self._hosted.get(name)
+        if hosted is not None and hosted.state is not ReplicaState.FAILED:
+            hosted.replica.alter(schema)
+            return
+        replica = Replica(schema, shard, self._ports)
+        hosted = _Hosted(replica=replica, state=ReplicaState.LOADING)
+        hosted.opening = asyncio.ensure_future(self._load(name, hosted))
+        self._hosted[name] = hosted
+
+    async def _load(self, name: ShardName, hosted: _Hosted) -> None:
+        try:
+            await hosted.replica.load()
+            hosted.state = ReplicaState.READY
+        except ShoalError as error:
+            hosted.state = ReplicaState.FAILED
+            hosted.reason = error.message
+            _log.error("replica_failed", collection=name[0], shard=name[1], reason=error.message)
+
+    async def close(self, name: ShardName) -> None:
+        hosted = self._hosted.pop(name, None)
+        if hosted is None:
+            return
+        if hosted.opening is not None:
+            hosted.opening.cancel()
+            await asyncio.gather(hosted.opening, return_exceptions=True)
+        if hosted.primary is not None:
+            await hosted.primary.close()
+        await hosted.replica.close()
+
+    async def close_all(self) -> None:
+        for name in list(self._hosted):
+            await self.close(name)
+
+    async def promote(self, name: ShardName) -> Epoch:
+        """Takes the shard over and serves its writes; returns the epoch.
+
+        Raises: Conflict when somebody else is taking over; Unavailable when the replica is not
+        loaded or the bucket does not answer.
+        """
+        hosted = self._ready(name)
+        if hosted.promoting is None:
+            hosted.promoting = asyncio.Lock()
+        async with hosted.promoting:
+            if hosted.primary is not None and hosted.primary.serving:
+                return hosted.primary.epoch
+            replica = hosted.replica
+            async with replica.advancing:
+                epoch = await take_over(replica)
+                hosted.primary = Primary(replica, epoch, self._publisher_of(name))
+                hosted.primary.start()
+            return epoch
+
+    def offer(self, name: ShardName, slot: Slot, body: bytes) -> None:
+        """Takes a record that a primary pushed; unknown shards and old records are ignored."""
+        hosted = self._hosted.get(name)
+        if hosted is not None and hosted.state is ReplicaState.READY:
+            hosted.replica.offer(slot, body)
+
+    def wake(self, name: ShardName) -> None:
+        hosted = self._hosted.get(name)
+        if hosted is not None and hosted.state is ReplicaState.READY:
+            hosted.replica.wake()
+
+    async def search(self, call: SearchCall, body: memoryview) -> tuple[SearchReply, bytes]:
+        """Answers a search; the bytes are the hits' vectors when asked for."""
+        replica = self._ready((call.collection, call.shard)).replica
+        clock = self._ports.clock
+        started_s = clock.monotonic_s()
+        await replica.wait_for(call.level)
+        schema = replica.schema
+        order = search.SearchOrder(
+            queries=np.frombuffer(body, dtype=np.float32).reshape(-1, schema.dimension),
+            k=call.k,
+            filter=_expression(call.filter),
+            exact=call.exact,
+            recall_target=call.recall_target or schema.recall_target,
+            explain=call.explain,
+        )
+        waited_s = clock.monotonic_s()
+        prepared = search.prepare(replica.state, order)
+        prepared_s = clock.monotonic_s()
+        if prepared.rows_considered <= INLINE_ROWS_MAX:
+            hits = search.execute(prepared, schema)
+        else:
+            hits = await self._ports.compute.run(lambda: search.execute(prepared, schema))
+        self.searches += len(order.queries)
+        snapshot = prepared.snapshot
+        found_s = clock.monotonic_s()
+        tails = search.tails_of(snapshot, hits.sources) if call.with_payload else None
+        vectors = b""
+        if call.with_vector:
+            vectors = search.vectors_of(snapshot, hits.sources, schema.dimension).tobytes()
+        explain = None
+        if call.explain:
+            explain = hits.explain
+            explain["stages_us"] = {
+                "wait": round((waited_s - started_s) * 1e6),
+                "prepare": round((prepared_s - waited_s) * 1e6),
+                "search": round((found_s - prepared_s) * 1e6),
+                "fetch": round((clock.monotonic_s() - found_s) * 1e6),
+            }
+        reply = SearchReply(
+            counts=hits.counts,
+            ids=hits.ids,
+            keys=hits.keys.tobytes(),
+            seqs=hits.seqs,
+            tails=tails,
+            as_of=replica.as_of(),
+            explain=explain,
+        )
+        return reply, vectors
+
+    async def get(self, call: GetCall) -> tuple[RowsReply, bytes]:
+        replica = self._ready((call.collection, call.shard)).replica
+        await replica.wait_for(call.level)
+        snapshot = replica.state.snapshot()
+        ids, sources = search.find_rows(snapshot, call.ids)
+        return self._rows(replica, snapshot, ids, sources, call.with_vector)
+
+    async def scroll(self, call: ScrollCall) -> tuple[RowsReply, bytes]:
+        replica = self._ready((call.collection, call.shard)).replica
+        await replica.wait_for(call.level)
+        snapshot = replica.state.snapshot()
+        ids, sources = search.scroll(snapshot, call.after, call.limit, _expression(call.filter))
+        return self._rows(replica, snapshot, ids, sources, call.with_vector)
+
+    async def count(self, call: CountCall) -> CountReply:
+        replica = self._ready((call.collection, call.shard)).replica
+        await replica.wait_for(call.level)
+        rows = search.count(replica.state.snapshot(), _expression(call.filter))
+        return CountReply(rows=rows, as_of=replica.as_of())
+
+    async def write(self, call: WriteCall) -> WriteReply:
+        name = (call.collection, call.shard)
+        hosted = self._hosted.get(name)
+        if hosted is None or hosted.primary is None:
+            raise NotPrimary(f"this server does not lead shard {call.shard}; nothing was applied")
+        return await hosted.primary.write(call)
+
+    def reports(self) -> list[ReplicaReport]:
+        """Returns what the controller needs to know of every replica."""
+        return [self._report(name, hosted) for name, hosted in self._hosted.items()]
+
+    def _report(self, name: ShardName, hosted: _Hosted) -> ReplicaReport:
+        replica, primary = hosted.replica, hosted.primary
+        state = replica.state
+        leads = primary is not None and primary.serving
+        return ReplicaReport(
+            collection=name[0],
+            shard=name[1],
+            state=hosted.state,
+            reason=hosted.reason or replica.failure or "",
+            leads=leads,
+            epoch=state.epoch,
+            seq=state.seq,
+            slot=state.slot,
+            schema_version=replica.schema.version,
+            manifest_version=replica.manifest_version,
+            floor_slot=Slot(0 if replica.manifest is None else replica.manifest.floor_slot),
+            live_rows=state.live,
+            unsealed_rows=state.unsealed_rows,
+            segments=len(state.segments),
+            sum=state.sum,
+            memory_bytes=sum(memtable.memory_bytes() for memtable in state.memtables)
+            + sum(view.reader.memory_bytes().resident for view in state.segments.values()),
+            mapped_bytes=sum(view.reader.memory_bytes().mapped for view in state.segments.values()),
+            appends=primary.appends if primary is not None else 0,
+            operations=primary.operations if primary is not None else 0,
+            sealing=primary is not None and primary.sealing,
+        )
+
+    def _rows(
+        self,
+        replica: Replica,
+        snapshot: search.Snapshot,
+        ids: Sequence[bytes],
+        sources: Sequence[tuple[int, int]],
+        with_vector: bool,
+    ) -> tuple[RowsReply, bytes]:
+        vectors = b""
+        if with_vector:
+            vectors = search.vectors_of(snapshot, sources, replica.schema.dimension).tobytes()
+        reply = RowsReply(
+            ids=ids,
+            seqs=search.seqs_of(snapshot, sources),
+            tails=search.tails_of(snapshot, sources),
+            as_of=replica.as_of(),
+        )
+        return reply, vectors
+
+    def _ready(self, name: ShardName) -> _Hosted:
+        hosted = self._hosted.get(name)
+        if hosted is None:
+            raise Unavailable(f"this server holds no replica of shard {name[1]}; try another")
+        if hosted.state is not ReplicaState.READY:
+            reason = f" ({hosted.reason})" if hosted.reason else ""
+            raise Unavailable(f"the replica of shard {name[1]} is {hosted.state.value}{reason}")
+        return hosted
+
+
+def _expression(wire: Any) -> Expression | None:
+    return None if wire is None else from_wire(wire)
+

@@ -1,0 +1,272 @@
+"""The one writer of a shard: puts requests in order, appends them in groups, acknowledges.
+
+Group commit: one PUT is in flight; what arrives meanwhile queues and goes in the next. No timer.
+A write is applied to the readable state and acknowledged only after its record is durable, so
+nothing undurable is ever seen.
+
+Invariants:
+P-1 at most one append is unresolved, and its slot is the state's slot + 1.
+P-2 an acknowledged request is in a record of our epoch, or was answered from the dedup memory.
+P-3 after another epoch's record was met, nothing is acknowledged any more.
+"""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+
+import structlog
+
+from shoal_cluster.domain import limits
+from shoal_cluster.domain.errors import (
+    Indeterminate,
+    NotPrimary,
+    Overloaded,
+    ShoalError,
+    Unavailable,
+)
+from shoal_cluster.domain.ids import Epoch, Seq, Slot
+from shoal_cluster.domain.session import Position
+from shoal_cluster.shard.calls import WriteCall, WriteReply
+from shoal_cluster.shard.composition import Composition
+from shoal_cluster.shard.dedup import Answer
+from shoal_cluster.shard.ports import Publisher
+from shoal_cluster.shard.replica import Replica
+from shoal_cluster.shard.sealing import Sealer
+from shoal_cluster.wal.record import RecordKind, WalRecord
+
+_log = structlog.get_logger()
+
+IDLE_PROBE_S = 2.0
+"""An idle primary looks at its next slot this often, so that a fenced one notices by itself."""
+_RETRY_AFTER_MS = 100
+_REQUEST_OVERHEAD_BYTES = 64
+
+
+@dataclass(slots=True, eq=False)
+class _Queued:
+    call: WriteCall
+    size_bytes: int
+    reply: asyncio.Future[WriteReply]
+
+
+class Primary:
+    """Serves writes of one epoch, from `start` until it is fenced or closed."""
+
+    def __init__(self, replica: Replica, epoch: Epoch, publisher: Publisher) -> None:
+        self.epoch = epoch
+        self._replica = replica
+        self._publisher = publisher
+        self._sealer = Sealer(replica, epoch, publisher, on_lost=self._lose)
+        self._queue: deque[_Queued] = deque()
+        self._queued_bytes = 0
+        self._wake = asyncio.Event()
+        self._settled = asyncio.Event()
+        self._settled.set()
+        self._loop: asyncio.Task[None] | None = None
+        self._ended: ShoalError | None = None
+        self.appends = 0
+        self.operations = 0
+
+    def start(self) -> None:
+        """Begins to lead; call while holding replica.advancing, right after take_over."""
+        self._replica.leader = self
+        self._loop = asyncio.ensure_future(self._run())
+
+    async def close(self) -> None:
+        """Stops serving. Queued requests are refused; an append in flight is left unresolved."""
+        self._end(NotPrimary("the shard is being handed over; nothing was applied, try again"))
+        tasks = [task for task in (self._loop,) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await self._sealer.close()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    @property
+    def serving(self) -> bool:
+        return self._ended is None
+
+    @property
+    def sealing(self) -> bool:
+        return self._sealer.busy
+
+    async def write(self, call: WriteCall) -> WriteReply:
+        """Applies one request and returns when it is durable and visible here.
+
+        Raises: InvalidRequest, Conflict (a condition failed), NotPrimary, Overloaded: nothing was
+        applied. Indeterminate: send the same request again to find out.
+        """
+        if self._ended is not None:
+            raise self._ended
+        self._admit(call)
+        size_bytes = (
+            len(call.body) + sum(map(len, call.tails)) + sum(map(len, call.ids))
+        ) + _REQUEST_OVERHEAD_BYTES
+        reply: asyncio.Future[WriteReply] = asyncio.get_running_loop().create_future()
+        self._queue.append(_Queued(call, size_bytes, reply))
+        self._queued_bytes += size_bytes
+        self._wake.set()
+        return await reply
+
+    async def meet(self, record: WalRecord) -> None:
+        """See replica.Leader: our own append landing, or the record that ends our epoch."""
+        if record.epoch == self.epoch:
+            await self._settled.wait()
+            return
+        self._lose(f"slot {record.slot} was taken by epoch {record.epoch}")
+
+    def _admit(self, call: WriteCall) -> None:
+        active = self._replica.state.active
+        full = (
+            active.operations >= limits.MEMTABLE_OPERATIONS_MAX
+            or active.size_bytes >= limits.MEMTABLE_BYTES_MAX
+        )
+        if full and self._sealer.busy:
+            raise Overloaded(
+                f"shard {call.shard} holds {active.operations} rows that wait for a segment to be "
+                "built; nothing was applied",
+                limit=f"{limits.MEMTABLE_OPERATIONS_MAX} rows or {limits.MEMTABLE_BYTES_MAX} bytes",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+        if self._queued_bytes >= limits.WAL_QUEUE_BYTES_MAX:
+            raise Overloaded(
+                f"shard {call.shard} has {self._queued_bytes} bytes of writes queued; nothing was "
+                "applied",
+                limit=f"{limits.WAL_QUEUE_BYTES_MAX} bytes",
+                retry_after_ms=_RETRY_AFTER_MS,
+            )
+
+    async def _run(self) -> None:
+        try:
+            while self._ended is None:
+                if self._sealer.due():
+                    self._sealer.start()
+                if not self._queue:
+                    await self._idle()
+                    continue
+                await self._commit_group()
+        except ShoalError as error:
+            # Not a lost race but a broken promise (corrupt log, failed fsync): stop and say so.
+            _log.error("primary_failed", shard=self._replica.keys.shard, reason=error.message)
+            self._lose(error.message)
+
+    async def _idle(self) -> None:
+        self._wake.clear()
+        try:
+            await asyncio.wait_for(self._wake.wait(), IDLE_PROBE_S)
+        except TimeoutError:
+            try:
+                await self._replica.probe()
+            except Unavailable as error:
+                _log.warning(
+                    "bucket_unavailable", shard=self._replica.keys.shard, reason=error.message
+                )
+
+    async def _commit_group(self) -> None:
+        composition = Composition(self._replica.state, self.epoch)
+        members: list[tuple[_Queued, Answer]] = []
+        size_bytes = 0
+        while (
+            self._queue
+            and size_bytes < limits.WAL_RECORD_BYTES_MAX
+            and composition.operations < limits.WAL_RECORD_OPS_MAX
+        ):
+            queued = self._queue.popleft()
+            self._queued_bytes -= queued.size_bytes
+            if queued.reply.done():
+                continue  # its caller gave up before anything was started
+            try:
+                members.append((queued, composition.add(queued.call)))
+            except ShoalError as error:
+                queued.reply.set_exception(error)
+                continue
+            size_bytes += queued.size_bytes
+        if composition.operations and not await self._append(composition, members):
+            return
+        for queued, answer in members:
+            if not queued.reply.done():
+                queued.reply.set_result(_reply(answer))
+
+    async def _append(
+        self, composition: Composition, members: list[tuple[_Queued, Answer]]
+    ) -> bool:
+        """Makes the group durable and visible; False when the epoch is over."""
+        replica = self._replica
+        state = replica.state
+        record = WalRecord(
+            slot=Slot(state.slot + 1),
+            epoch=self.epoch,
+            kind=RecordKind.DATA,
+            put_id=replica.ports.ids.put_id(),
+            prev_put_id=state.last_put_id,
+            first_seq=Seq(state.seq + 1),
+            memtable_start=state.active.start_slot,
+            batch=composition.batch(),
+        )
+        body = replica.wal.encode(record)
+        started_s = replica.ports.clock.monotonic_s()
+        self._settled.clear()
+        try:
+            other = await replica.wal.append(record, body)
+        except (ShoalError, asyncio.CancelledError) as error:
+            reason = error.message if isinstance(error, ShoalError) else "the primary was stopped"
+            outcome = Unavailable if isinstance(error, Unavailable) else Indeterminate
+            _fail(members, outcome(f"append of slot {record.slot} did not finish: {reason}"))
+            if isinstance(error, Unavailable):
+                return False  # surely not stored: the slot is still ours to fill
+            raise
+        finally:
+            self._settled.set()
+        if other is not None:
+            _fail(
+                members,
+                Indeterminate(
+                    f"another primary took slot {record.slot} (epoch {other.epoch}); send the same "
+                    "request again to learn whether it was applied"
+                ),
+            )
+            self._lose(f"slot {record.slot} was taken by epoch {other.epoch}")
+            return False
+        state.apply(record)
+        replica.mark_at_tail(started_s)
+        self.appends += 1
+        self.operations += len(record.batch)
+        self._publisher.record(record.slot, body)
+        return True
+
+    def _lose(self, reason: str) -> None:
+        """Ends the epoch: refuses what is queued and lets the replica follow again."""
+        if self._ended is not None:
+            return
+        _log.warning(
+            "primary_ended", shard=self._replica.keys.shard, epoch=self.epoch, reason=reason
+        )
+        self._end(NotPrimary(f"epoch {self.epoch} has ended: {reason}; nothing was applied"))
+
+    def _end(self, error: ShoalError) -> None:
+        if self._ended is None:
+            self._ended = error
+        if self._replica.leader is self:
+            self._replica.leader = None
+            self._replica.wake()
+        for queued in self._queue:
+            if not queued.reply.done():
+                queued.reply.set_exception(error)
+        self._queue.clear()
+        self._queued_bytes = 0
+        self._sealer.stop()
+        self._wake.set()
+
+
+def _reply(answer: Answer) -> WriteReply:
+    return WriteReply(
+        position=Position(answer.epoch, answer.last_seq),
+        first_seq=answer.first_seq,
+        affected=answer.affected,
+        more=answer.more,
+    )
+
+
+def _fail(members: list[tuple[_Queued, Answer]], error: ShoalError) -> None:
+    for queued, _ in members:
+        if not queued.reply.done():
+            queued.reply.set_exception(error)

@@ -1,0 +1,238 @@
+"""One replica of one shard: loads the sealed state, follows the log, answers at three read levels.
+
+Reads (docs/design/protocol.md):
+    eventual  answers at once and says as of when.
+    session   answers once the position reached the session's token.
+    strong    after the request arrived: get the next slot, then list the manifests; only when both
+              show nothing newer is the state the newest. Reads that wait share one probe.
+
+The order of the two probes matters: garbage collection may remove a slot only after the manifest
+that covers it exists, so a slot found empty first, with no newer manifest after, was truly empty.
+"""
+
+import asyncio
+from typing import Protocol
+
+import structlog
+
+from shoal_cluster.domain.errors import Conflict, Corrupt, NotFound, Unavailable
+from shoal_cluster.domain.ids import ManifestVersion, ShardNumber, Slot
+from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.session import Consistency
+from shoal_cluster.manifest.commit import Manifests
+from shoal_cluster.manifest.manifest import Manifest
+from shoal_cluster.shard.calls import AsOf, ReadLevel
+from shoal_cluster.shard.ports import ShardPorts
+from shoal_cluster.shard.state import SegmentView, ShardState
+from shoal_cluster.wal.log import Wal
+from shoal_cluster.wal.record import WalRecord
+
+_log = structlog.get_logger()
+
+POLL_S = 1.0
+"""How often a follower probes when nothing is pushed: bounds staleness after a lost push."""
+PUSHED_RECORDS_MAX = 64
+_LOAD_ATTEMPTS_MAX = 20
+"""Each retry means garbage collection overtook the load, so a newer manifest is there to read."""
+
+
+class Leader(Protocol):
+    """The primary of this very replica: it alone applies records while it leads."""
+
+    async def meet(self, record: WalRecord) -> None:
+        """Deals with a record found in our next slot: our own append, or the end of our epoch."""
+        ...
+
+
+class Replica:
+    """Follows the shard until closed, or lets `leader` move it forward."""
+
+    def __init__(self, schema: CollectionSchema, shard: ShardNumber, ports: ShardPorts) -> None:
+        self.schema = schema
+        self.keys = ShardKeys(schema.id, shard)
+        self.ports = ports
+        self.wal = Wal(ports.store, self.keys, ports.cluster_uuid, ports.clock)
+        self.manifests = Manifests(ports.store, self.keys, ports.clock)
+        self.state = ShardState(schema)
+        self.manifest: Manifest | None = None
+        self.leader: Leader | None = None
+        self.failure: str | None = None
+        self.advancing = asyncio.Lock()
+        self._probe: asyncio.Task[None] | None = None
+        self._pushed: dict[Slot, bytes] = {}
+        self._wake = asyncio.Event()
+        self._tail_seen_s = float("-inf")
+        self._follower: asyncio.Task[None] | None = None
+
+    async def load(self) -> None:
+        """Loads the newest manifest and the log's tail, then follows.
+
+        Raises: NotFound when the shard was never created; Corrupt naming the object.
+        """
+        if await self.manifests.newest_number() is None:
+            raise NotFound(f"{self.keys.prefix} holds no manifest: the shard was never created")
+        await self.probe()
+        self._follower = asyncio.ensure_future(self._follow())
+
+    async def close(self) -> None:
+        if self._follower is not None:
+            self._follower.cancel()
+            await asyncio.gather(self._follower, return_exceptions=True)
+            self._follower = None
+
+    def as_of(self) -> AsOf:
+        age_s = self.ports.clock.monotonic_s() - self._tail_seen_s
+        return AsOf(position=self.state.position, staleness_ms=max(0.0, age_s * 1000))
+
+    async def wait_for(self, level: ReadLevel) -> None:
+        """Returns when the state satisfies the read level.
+
+        Raises: Unavailable when the bucket does not answer, or a token lies ahead of the log.
+        """
+        if level.consistency is Consistency.EVENTUAL:
+            return
+        if level.consistency is Consistency.SESSION:
+            if self.state.position >= level.at_least:
+                return
+            await self.probe()
+            if self.state.position < level.at_least:
+                raise Unavailable(
+                    f"shard {self.keys.shard} is at {tuple(self.state.position)}, the session saw "
+                    f"{tuple(level.at_least)}; the token is of another bucket, or the bucket lost data"
+                )
+            return
+        await self.probe()
+
+    async def probe(self) -> None:
+        """Advances to the log's tail as of some moment after this call began.
+
+        Calls that arrive before a probe started share it.
+        """
+        if self._probe is None:
+            self._probe = asyncio.ensure_future(self._run_probe())
+            self._probe.add_done_callback(_observe)
+        await asyncio.shield(self._probe)
+
+    def offer(self, slot: Slot, body: bytes) -> None:
+        """Takes a durable record that the primary pushed; anything out of order waits or is dropped.
+
+        Followers apply in slot order only, whatever arrives when.
+        """
+        if self.leader is not None or slot <= self.state.slot:
+            return
+        if slot == self.state.slot + 1 and not self.advancing.locked():
+            self._apply(self.wal.decode(slot, body))
+            return
+        if len(self._pushed) < PUSHED_RECORDS_MAX:
+            self._pushed[slot] = body
+        self._wake.set()
+
+    def wake(self) -> None:
+        """Makes the follower probe now: a newer manifest is said to exist."""
+        self._wake.set()
+
+    def mark_at_tail(self, seen_s: float) -> None:
+        """Notes that at `seen_s` (monotonic) nothing newer than the present state was durable."""
+        self._tail_seen_s = seen_s
+
+    async def load_manifest(self) -> Manifest:
+        """Installs the newest manifest if it is newer than ours. Call while holding `advancing`."""
+        for _ in range(_LOAD_ATTEMPTS_MAX):
+            manifest = await self.manifests.newest()
+            if manifest is None:
+                raise Corrupt(f"every manifest of {self.keys.prefix} is gone")
+            if self.manifest is not None and manifest.version <= self.manifest.version:
+                return self.manifest
+            try:
+                views = await self.open_views(manifest)
+            except NotFound as error:
+                _log.info("manifest_load_overtaken", shard=self.keys.shard, reason=error.message)
+                continue
+            self.install(manifest, views)
+            return manifest
+        raise Unavailable(f"manifests of {self.keys.prefix} change faster than they can be loaded")
+
+    async def open_views(self, manifest: Manifest) -> list[SegmentView]:
+        """Opens every segment of a manifest, reusing readers that are open already."""
+        opened = {segment: view.reader for segment, view in self.state.segments.items()}
+        return [
+            await self.ports.files.open_view(entry, self.schema, opened.get(entry.id))
+            for entry in manifest.segments
+        ]
+
+    def install(self, manifest: Manifest, views: list[SegmentView]) -> None:
+        """Swaps in a manifest's segments at once; readers see the old state or the new one."""
+        if not self.state.can_install(manifest):
+            # A memtable would be split: rebuild from the manifest and replay what follows it.
+            self.state = ShardState(self.schema)
+        self.state.install(manifest, views)
+        self.manifest = manifest
+
+    def alter(self, schema: CollectionSchema) -> None:
+        """Takes a newer version of the collection's schema."""
+        if schema.version <= self.schema.version:
+            return
+        self.schema = schema
+        self.state.alter(schema)
+
+    @property
+    def manifest_version(self) -> ManifestVersion:
+        return ManifestVersion(-1) if self.manifest is None else self.manifest.version
+
+    async def _run_probe(self) -> None:
+        async with self.advancing:
+            self._probe = None
+            while True:
+                started_s = self.ports.clock.monotonic_s()
+                record = await self._next_record()
+                if record is not None:
+                    if self.leader is not None:
+                        await self.leader.meet(record)
+                        return
+                    self._apply(record)
+                    continue
+                newest = await self.manifests.newest_number()
+                if newest is not None and newest > self.manifest_version and self.leader is None:
+                    await self.load_manifest()
+                    continue
+                self.mark_at_tail(started_s)
+                return
+
+    async def _next_record(self) -> WalRecord | None:
+        slot = Slot(self.state.slot + 1)
+        pushed = self._pushed.pop(slot, None)
+        if pushed is not None:
+            return self.wal.decode(slot, pushed)
+        return await self.wal.read(slot)
+
+    def _apply(self, record: WalRecord) -> None:
+        self.state.apply(record)
+        if self._pushed:
+            for slot in [slot for slot in self._pushed if slot <= self.state.slot]:
+                del self._pushed[slot]
+
+    async def _follow(self) -> None:
+        """Probes on every wake and every POLL_S; the only place where a follower meets faults."""
+        while True:
+            try:
+                await asyncio.wait_for(self._wake.wait(), POLL_S)
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            if self.leader is not None:
+                continue
+            try:
+                await self.probe()
+                self.failure = None
+            except (Unavailable, Conflict) as error:
+                self.failure = error.message
+            except Corrupt as error:
+                self.failure = error.message
+                _log.error("replica_corrupt", shard=self.keys.shard, reason=error.message)
+
+
+def _observe(task: asyncio.Task[None]) -> None:
+    """Marks a probe's error as seen: whoever awaits the probe raises it."""
+    if not task.cancelled():
+        task.exception()

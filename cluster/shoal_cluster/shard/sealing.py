@@ -1,0 +1,306 @@
+"""Turns memtables into segments, merges segments, and commits both by manifest.
+
+Seal: (1) between two appends freeze the active memtable at slot f; (2) have a segment built from
+the memtable's slots; (3) write tombstones for older segments that lost rows; (4) commit a manifest
+with floor f; (5) install it. Compaction: the same without a memtable; rows that died while it ran
+are found again in the merged segment by id.
+
+Crash before 4: objects that no manifest lists; the rows are still in the log. Crash after 4: the
+next primary, and every follower, loads the manifest.
+
+Invariant L-1: the sum of a sealed manifest equals the sum the log had at its floor.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import structlog
+from pyroaring import BitMap
+
+from shoal_cluster.bucket.create import create
+from shoal_cluster.domain import limits
+from shoal_cluster.domain.errors import Conflict, Corrupt, NotPrimary, ShoalError, Unavailable
+from shoal_cluster.domain.ids import Epoch, ManifestVersion
+from shoal_cluster.domain.keys import segment_id
+from shoal_cluster.domain.point import SUM_MODULUS
+from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
+from shoal_cluster.segment.deletes import encode_tombstones
+from shoal_cluster.segment.reader import SegmentReader
+from shoal_cluster.shard.building import BuildOrder
+from shoal_cluster.shard.compaction import plan_compaction
+from shoal_cluster.shard.ports import Publisher
+from shoal_cluster.shard.replica import Replica
+from shoal_cluster.shard.state import SealPoint, SegmentView, open_view
+
+_log = structlog.get_logger()
+
+_RETRY_S = 0.5
+_RETRY_S_MAX = 10.0
+
+
+class Sealer:
+    """Seals and compacts for one primary; at most one of each at a time."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        epoch: Epoch,
+        publisher: Publisher,
+        *,
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._replica = replica
+        self._epoch = epoch
+        self._publisher = publisher
+        self._on_lost = on_lost
+        self._committing = asyncio.Lock()
+        self._seal: asyncio.Task[None] | None = None
+        self._compaction: asyncio.Task[None] | None = None
+        self._counter = 0
+        self._stopped = False
+
+    @property
+    def busy(self) -> bool:
+        return self._seal is not None and not self._seal.done()
+
+    @property
+    def compacting(self) -> bool:
+        return self._compaction is not None and not self._compaction.done()
+
+    def due(self) -> bool:
+        active = self._replica.state.active
+        return (
+            not self.busy
+            and not self._stopped
+            and (
+                active.operations >= limits.SEAL_OPERATIONS
+                or active.size_bytes >= limits.MEMTABLE_BYTES_MAX // 4
+            )
+        )
+
+    def start(self) -> None:
+        """Freezes the active memtable and seals it in the background. Call between appends."""
+        point = self._replica.state.rotate()
+        self._seal = asyncio.ensure_future(self._guard(self._run_seal(point)))
+
+    def stop(self) -> None:
+        """Stops without waiting; nothing is committed from here on."""
+        self._stopped = True
+        for task in (self._seal, self._compaction):
+            if task is not None and task is not _current_task():
+                task.cancel()
+
+    async def close(self) -> None:
+        self.stop()
+        tasks = [task for task in (self._seal, self._compaction) if task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs background work; a failure that waiting cannot cure ends the epoch."""
+        try:
+            await work
+        except ShoalError as error:
+            _log.error("sealing_failed", shard=self._replica.keys.shard, reason=error.message)
+            self._on_lost(error.message)
+
+    async def _run_seal(self, point: SealPoint) -> None:
+        keys = self._replica.keys
+        order = BuildOrder(
+            schema=self._replica.schema,
+            shard=keys.shard,
+            cluster_uuid=self._replica.ports.cluster_uuid,
+            segment=segment_id(self._epoch, 0, ""),
+            wal_first=point.memtable.start_slot,
+            wal_last=point.floor_slot,
+        )
+        entry = await self._build(order)
+        reader = await self._open(entry)
+        async with self._committing:
+            await self._commit_seal(point, entry, reader)
+        _log.info(
+            "segment_sealed",
+            shard=keys.shard,
+            segment=None if entry is None else entry.id,
+            rows=0 if entry is None else entry.rows,
+            floor=point.floor_slot,
+        )
+        self._maybe_compact()
+
+    def _maybe_compact(self) -> None:
+        if self._stopped or self.compacting:
+            return
+        manifest = self._manifest()
+        sources = plan_compaction(manifest.segments)
+        if sources:
+            self._compaction = asyncio.ensure_future(self._guard(self._run_compaction(sources)))
+
+    async def _run_compaction(self, sources: tuple[SegmentEntry, ...]) -> None:
+        order = BuildOrder(
+            schema=self._replica.schema,
+            shard=self._replica.keys.shard,
+            cluster_uuid=self._replica.ports.cluster_uuid,
+            segment=segment_id(self._epoch, 0, ""),
+            sources=sources,
+        )
+        dead_before = {
+            source.id: self._replica.state.segments[source.id].sealed_dead for source in sources
+        }
+        if any(len(dead_before[source.id]) != source.dead for source in sources):
+            raise Conflict("segments changed while a compaction was being planned")
+        entry = await self._build(order)
+        reader = await self._open(entry)
+        async with self._committing:
+            await self._commit_compaction(sources, dead_before, entry, reader)
+        _log.info(
+            "segments_compacted",
+            shard=self._replica.keys.shard,
+            sources=len(sources),
+            segment=None if entry is None else entry.id,
+            rows=0 if entry is None else entry.rows,
+        )
+        self._compaction = None
+        self._maybe_compact()
+
+    async def _build(self, order: BuildOrder) -> SegmentEntry | None:
+        """Has the segment built, under a new name on every attempt."""
+        delay_s = _RETRY_S
+        while True:
+            self._counter += 1
+            name = segment_id(self._epoch, self._counter, self._replica.ports.ids.hex(4))
+            try:
+                return await self._replica.ports.builds.build(replace(order, segment=name))
+            except Unavailable as error:
+                _log.warning(
+                    "build_retried", shard=order.shard, segment=name, reason=error.message
+                )
+            await self._replica.ports.clock.sleep(delay_s)
+            delay_s = min(2 * delay_s, _RETRY_S_MAX)
+
+    async def _open(self, entry: SegmentEntry | None) -> SegmentReader | None:
+        if entry is None:
+            return None
+        return await self._replica.ports.files.open_reader(entry, self._replica.schema)
+
+    def _manifest(self) -> Manifest:
+        assert self._replica.manifest is not None, "a primary has loaded a manifest"
+        return self._replica.manifest
+
+    async def _commit_seal(
+        self, point: SealPoint, entry: SegmentEntry | None, reader: SegmentReader | None
+    ) -> None:
+        views = []
+        for view in self._replica.state.segments.values():
+            killed = point.memtable.killed_rows(view.entry.id)
+            views.append(await self._bury(view, killed.tolist()))
+        if entry is not None and reader is not None:
+            views.append(open_view(entry, reader, BitMap()))
+        parent = self._manifest()
+        child = replace(
+            self._child(parent, views),
+            floor_slot=point.floor_slot,
+            floor_epoch=point.floor_epoch,
+            floor_seq=point.floor_seq,
+            dedup=point.dedup,
+        )
+        if child.sum != point.sum:
+            raise Corrupt(
+                f"sealed rows sum to {child.sum:016x}, the log to {point.sum:016x} at slot "
+                f"{point.floor_slot} (L-1); nothing was committed, the log keeps everything"
+            )
+        await self._commit(parent, child, views)
+
+    async def _commit_compaction(
+        self,
+        sources: tuple[SegmentEntry, ...],
+        dead_before: dict[str, BitMap],
+        entry: SegmentEntry | None,
+        reader: SegmentReader | None,
+    ) -> None:
+        merged = {source.id for source in sources}
+        died: list[bytes] = []
+        views = []
+        for view in self._replica.state.segments.values():
+            if view.entry.id in merged:
+                rows = view.sealed_dead - dead_before[view.entry.id]
+                died.extend(view.reader.id_of(row) for row in rows)
+            else:
+                views.append(view)
+        if entry is not None and reader is not None:
+            rows = reader.lookup(died) if died else np.empty(0, dtype=np.int64)
+            views.append(
+                await self._bury(open_view(entry, reader, BitMap()), rows[rows >= 0].tolist())
+            )
+        parent = self._manifest()
+        child = self._child(parent, views)
+        if child.sum != parent.sum:
+            raise Corrupt(
+                f"compaction of {sorted(merged)} changed the live rows' sum from {parent.sum:016x} "
+                f"to {child.sum:016x} (M-1); nothing was committed"
+            )
+        await self._commit(parent, child, views)
+
+    async def _bury(self, view: SegmentView, rows: list[int]) -> SegmentView:
+        """Returns the view with `rows` dead for good, their tombstones stored."""
+        dead = view.sealed_dead | BitMap(rows)
+        if len(dead) == len(view.sealed_dead):
+            return open_view(view.entry, view.reader, dead)
+        added = np.array(list(dead - view.sealed_dead), dtype=np.int64)
+        removed = int(view.reader.row_hashes[added].sum(dtype=np.uint64))
+        entry = replace(
+            view.entry,
+            tombstones=await self._store_tombstones(view.entry, dead),
+            dead=len(dead),
+            sum=(view.entry.sum - removed) % SUM_MODULUS,
+        )
+        return open_view(entry, view.reader, dead)
+
+    async def _store_tombstones(self, entry: SegmentEntry, dead: BitMap) -> FileEntry:
+        ports = self._replica.ports
+        name = f"tombstones-{ports.ids.hex(8)}"
+        key = self._replica.keys.segment(entry.id) + name
+        body = encode_tombstones(entry.rows, dead)
+        digest = hashlib.sha256(body)
+        other = await create(
+            ports.store,
+            key,
+            body,
+            put_id=digest.digest(),
+            read_put_id=lambda found: hashlib.sha256(found).digest(),
+            clock=ports.clock,
+            deadline_s=None,
+        )
+        if other is not None:
+            raise Corrupt(f"{key} holds somebody else's tombstones; its name should be unique")
+        return FileEntry(name=name, key=key, size_bytes=len(body), sha256=digest.hexdigest())
+
+    def _child(self, parent: Manifest, views: list[SegmentView]) -> Manifest:
+        entries = tuple(view.entry for view in views)
+        return replace(
+            parent,
+            version=ManifestVersion(parent.version + 1),
+            parent_put_id=parent.put_id,
+            put_id=self._replica.ports.ids.put_id(),
+            segments=entries,
+            schema_version=self._replica.schema.version,
+            sum=sum(entry.sum for entry in entries) % SUM_MODULUS,
+        )
+
+    async def _commit(self, parent: Manifest, child: Manifest, views: list[SegmentView]) -> None:
+        """Commits and installs. Only this epoch's primary commits, so a conflict ends the epoch."""
+        if self._stopped:
+            raise NotPrimary(f"epoch {self._epoch} has ended before manifest {child.version}")
+        if not await self._replica.manifests.commit(parent, child):
+            raise NotPrimary(f"manifest {child.version} was taken by another epoch")
+        self._replica.install(child, views)
+        self._publisher.manifest()
+
+
+def _current_task() -> "asyncio.Task[object] | None":
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None

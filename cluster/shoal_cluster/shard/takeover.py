@@ -1,0 +1,99 @@
+"""Becoming primary: claim an epoch in the manifest, fence the log, validate, serve.
+
+Steps (docs/design/protocol.md, takeover):
+1. read the newest manifest.
+2. create the next version with epoch + 1. From here no older epoch can commit a manifest.
+3. replay the log to its first empty slot n.
+4. create a fence in slot n. From here no older epoch can append.
+5. read the newest manifest again: the epoch must still be ours and its floor below n; otherwise we
+   slept while others took over, sealed and collected the slots we think we replayed.
+6. make what was replayed durable (local directories only).
+7. serve; sequence numbers go on from the last replayed record.
+
+Crash after 2: the epoch is burned, the old primary goes on appending until somebody fences it.
+Crash after 4: the fence stays for ever; the next claimant replays over it.
+"""
+
+from dataclasses import replace
+
+import structlog
+
+from shoal_cluster.domain.errors import Conflict, NotFound
+from shoal_cluster.domain.ids import Epoch, ManifestVersion, Seq, Slot
+from shoal_cluster.shard.replica import Replica
+from shoal_cluster.wal.record import RecordKind, WalRecord
+
+_log = structlog.get_logger()
+
+
+async def take_over(replica: Replica) -> Epoch:
+    """Makes this replica's process the only one that can append to the shard.
+
+    On return the replica's state holds every acknowledged write. The caller starts a Primary with
+    the epoch, before anything else advances the replica (it holds `replica.advancing`).
+
+    Raises: Conflict when somebody else is taking over (back off, then look again); Unavailable when
+    the bucket does not answer (nothing is lost; try again).
+    """
+    epoch = await _claim_epoch(replica)
+    fence_slot = await _fence(replica, epoch)
+    newest = await replica.manifests.newest()
+    if newest is None or newest.epoch != epoch or newest.floor_slot >= fence_slot:
+        raise Conflict(
+            f"shard {replica.keys.shard}: epoch {epoch} was overtaken between its claim and its fence"
+        )
+    replica.manifest = newest
+    await replica.wal.make_durable()
+    _log.info("shard_taken_over", shard=replica.keys.shard, epoch=epoch, slot=fence_slot)
+    return epoch
+
+
+async def _claim_epoch(replica: Replica) -> Epoch:
+    manifest = await replica.manifests.newest()
+    if manifest is None:
+        raise NotFound(f"{replica.keys.prefix} holds no manifest: the shard was never created")
+    epoch = Epoch(manifest.epoch + 1)
+    claim = replace(
+        manifest,
+        version=ManifestVersion(manifest.version + 1),
+        parent_put_id=manifest.put_id,
+        put_id=replica.ports.ids.put_id(),
+        epoch=epoch,
+    )
+    if not await replica.manifests.commit(manifest, claim):
+        raise Conflict(f"shard {replica.keys.shard}: somebody else is claiming epoch {epoch}")
+    if replica.manifest is None or claim.floor_slot > replica.manifest.floor_slot:
+        await replica.load_manifest()
+    elif replica.manifest.version != claim.version:
+        replica.install(claim, await replica.open_views(claim))
+    return epoch
+
+
+async def _fence(replica: Replica, epoch: Epoch) -> Slot:
+    """Replays to the end of the log and puts a fence there; returns its slot."""
+    state = replica.state
+    while True:
+        async for record in replica.wal.replay(Slot(state.slot + 1)):
+            _apply_or_yield(replica, record, epoch)
+        fence = WalRecord(
+            slot=Slot(state.slot + 1),
+            epoch=epoch,
+            kind=RecordKind.FENCE,
+            put_id=replica.ports.ids.put_id(),
+            prev_put_id=state.last_put_id,
+            first_seq=Seq(state.seq + 1),
+            memtable_start=state.active.start_slot,
+        )
+        other = await replica.wal.append(fence, replica.wal.encode(fence))
+        if other is None:
+            state.apply(fence)
+            return fence.slot
+        _apply_or_yield(replica, other, epoch)
+
+
+def _apply_or_yield(replica: Replica, record: WalRecord, epoch: Epoch) -> None:
+    if record.epoch > epoch:
+        raise Conflict(
+            f"shard {replica.keys.shard}: epoch {record.epoch} has fenced the log before {epoch} did"
+        )
+    replica.state.apply(record)

@@ -1,0 +1,1 @@
+"""What travels between Shoal's processes: the public gRPC messages and the link's frames."""

@@ -1,0 +1,96 @@
+"""A file system that knows what a power cut would leave, step by step.
+
+Contents survive up to their last fsync, directory entries up to their directory's last fsync; what
+was not synced may survive or not, each piece on its own. Source: ALICE (Pillai et al., OSDI 2014).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from shoal_cluster.bucket.filesystem import PosixFileSystem
+
+
+class PowerCutFileSystem(PosixFileSystem):
+    """Runs on a real directory and keeps book beside it.
+
+    trace: the steps so far, `(call, file name)`. forgotten: names of calls that are carried out but
+    not written to the book, as if the code had left them out. after_step: called after every step.
+    """
+
+    def __init__(self, *, forgotten: frozenset[str] = frozenset()) -> None:
+        self.forgotten = forgotten
+        self.trace: list[tuple[str, str]] = []
+        self.after_step: Callable[[], None] = lambda: None
+        self._paths: dict[int, Path] = {}
+        self._written: dict[Path, bytes] = {}
+        self._synced: dict[Path, bytes] = {}
+        self._entries: dict[Path, Path] = {}
+        """Name to the temporary file whose contents it shows."""
+        self._durable_names: set[Path] = set()
+
+    def open_temporary(self, path: Path) -> int:
+        descriptor = super().open_temporary(path)
+        self._paths[descriptor] = path
+        self._written[path] = b""
+        self._entries[path] = path
+        self._step("open_temporary", path)
+        return descriptor
+
+    def write(self, descriptor: int, piece: memoryview) -> int:
+        taken = super().write(descriptor, piece[: max(1, piece.nbytes // 2)])
+        path = self._paths[descriptor]
+        self._written[path] += bytes(piece[:taken])
+        self._step("write", path)
+        return taken
+
+    def fsync(self, descriptor: int) -> None:
+        super().fsync(descriptor)
+        if "fsync" not in self.forgotten:
+            self._synced[self._paths[descriptor]] = self._written[self._paths[descriptor]]
+        self._step("fsync", self._paths[descriptor])
+
+    def link(self, source: Path, target: Path) -> None:
+        super().link(source, target)
+        self._entries[target] = self._entries[source]
+        self._step("link", target)
+
+    def unlink(self, path: Path) -> None:
+        super().unlink(path)
+        self._entries.pop(path, None)
+        self._step("unlink", path)
+
+    def make_directory(self, path: Path) -> None:
+        super().make_directory(path)
+        self._step("make_directory", path)
+
+    def fsync_file(self, path: Path) -> None:
+        super().fsync_file(path)
+        source = self._entries[path]
+        self._synced[source] = self._written[source]
+        self._step("fsync_file", path)
+
+    def fsync_directory(self, path: Path) -> None:
+        super().fsync_directory(path)
+        if "fsync_directory" not in self.forgotten:
+            self._durable_names |= {child for child in path.iterdir()}
+        self._step("fsync_directory", path)
+
+    def surely_there(self, path: Path, root: Path) -> bytes | None:
+        """Returns the contents a power cut now surely leaves at `path`; None if it may be gone."""
+        way = path
+        while way != root:
+            if way not in self._durable_names:
+                return None
+            way = way.parent
+        return self._synced.get(self._entries[path], b"")
+
+    def possible_contents(self, path: Path) -> set[bytes] | None:
+        """Returns what `path` may hold after a power cut now if its entry survives."""
+        source = self._entries.get(path)
+        if source is None:
+            return None
+        return {self._synced.get(source, b""), self._written[source]}
+
+    def _step(self, call: str, path: Path) -> None:
+        self.trace.append((call, path.name))
+        self.after_step()
