@@ -106,7 +106,7 @@ class BulkUpload:
             number, chunk = due, self._waiting.pop(due)
         else:
             unresolved = len(self._sent) + len(self._waiting)
-            if self._exhausted or unresolved >= min(self._window, self._in_flight):
+            if self._exhausted or unresolved >= self._in_flight:
                 return None
             upsert = next(self._upload.requests, None)
             if upsert is None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from shoal.errors import Corrupt, Internal
 from shoal.point import Point, Provenance
 from shoal.session import SessionToken, token_from_proto
-from shoal.vectors import Vector, Vectors, from_wire
+from shoal.vectors import Vector, from_wire
 from shoal_protos.columns import AttributeValue, decode_columns
 from shoal_protos.v1 import points_pb2, search_pb2, types_pb2
 
@@ -57,19 +57,30 @@ class SearchResult:
 
     @functools.cached_property
     def hits(self) -> list[Hit]:
-        columns = _RowColumns(self._found.rows)
+        rows = _RowColumns(self._found.rows)
+        if len(self._found.scores) != len(rows.ids):
+            raise Internal(
+                f"the server sent {len(self._found.scores)} scores for {len(rows.ids)} ids"
+            )
         return [
             Hit(
                 id=point_id,
                 score=score,
-                seq=columns.seq(row),
-                attributes=columns.attributes[row],
-                payload=columns.payload(row),
-                vector=columns.vector(row),
-                provenance=columns.provenance(row),
+                seq=seq,
+                attributes=attributes,
+                payload=payload,
+                vector=vector,
+                provenance=provenance,
             )
-            for row, (point_id, score) in enumerate(
-                zip(self._found.rows.ids, self._found.scores, strict=True)
+            for point_id, score, seq, attributes, payload, vector, provenance in zip(
+                rows.ids,
+                self._found.scores,
+                rows.seqs,
+                rows.attributes,
+                rows.payloads,
+                rows.vectors,
+                rows.provenance,
+                strict=True,
             )
         ]
 
@@ -162,63 +173,76 @@ def page_read(response: points_pb2.ScrollResponse) -> Page:
 
 
 def points_of(rows: types_pb2.Rows) -> list[Point]:
-    """Raises: Corrupt when a payload is not a JSON object."""
+    """Returns the rows as points; what was not sent is empty or None."""
     columns = _RowColumns(rows)
     return [
         Point(
             id=point_id,
-            vector=columns.vector(row),
-            attributes=columns.attributes[row],
-            payload=columns.payload(row),
-            provenance=columns.provenance(row),
-            seq=columns.seq(row),
+            vector=vector,
+            attributes=attributes,
+            payload=payload,
+            provenance=provenance,
+            seq=seq,
         )
-        for row, point_id in enumerate(rows.ids)
+        for point_id, vector, attributes, payload, provenance, seq in zip(
+            columns.ids,
+            columns.vectors,
+            columns.attributes,
+            columns.payloads,
+            columns.provenance,
+            columns.seqs,
+            strict=True,
+        )
     ]
 
 
 class _RowColumns:
-    """The arrays of a `Rows` message by row; an array that was not sent gives None."""
+    """The arrays of a `Rows` message as lists of one element a row, made once for all rows.
+
+    Reading a repeated field element by element costs a call into protobuf each time.
+    Raises: Corrupt when a payload is not a JSON object, Internal when arrays contradict each other.
+    """
 
     def __init__(self, rows: types_pb2.Rows) -> None:
-        count = len(rows.ids)
-        self._rows = rows
-        self._vectors: Vectors | None = None
+        self.ids = list(rows.ids)
+        count = len(self.ids)
+        self.seqs = list(rows.seqs) or [0] * count
+        self.vectors: Sequence[Vector | None] = [None] * count
         try:
             self.attributes = decode_columns(rows.attributes, count)
             if rows.vectors:
-                self._vectors = from_wire(rows.vectors, rows.dimension, count)
+                self.vectors = list(from_wire(rows.vectors, rows.dimension, count))
         except ValueError as error:
             raise Internal(f"the server sent rows that contradict themselves: {error}") from error
+        self.payloads: Sequence[Mapping[str, Any] | None] = [None] * count
+        if rows.payloads:
+            self.payloads = list(map(_payload_of, rows.payloads, self.ids))
+        self.provenance: Sequence[Provenance | None] = [None] * count
+        if rows.provenance:
+            self.provenance = list(map(_provenance_of, rows.provenance))
+        lengths = {len(self.seqs), len(self.payloads), len(self.provenance)}
+        if lengths != {count}:
+            raise Internal(f"the server sent arrays of {sorted(lengths)} rows for {count} ids")
 
-    def seq(self, row: int) -> int:
-        return self._rows.seqs[row] if self._rows.seqs else 0
 
-    def vector(self, row: int) -> Vector | None:
-        return None if self._vectors is None else self._vectors[row]
+def _payload_of(text: bytes, point_id: str) -> Mapping[str, Any] | None:
+    if not text:
+        return None
+    try:
+        payload = json.loads(text)
+    except ValueError as error:
+        raise Corrupt(f"the payload of point {point_id!r} is not JSON: {error}") from error
+    if not isinstance(payload, dict):
+        raise Corrupt(f"the payload of point {point_id!r} is not a JSON object")
+    return payload
 
-    def payload(self, row: int) -> Mapping[str, Any] | None:
-        if not self._rows.payloads or not (text := self._rows.payloads[row]):
-            return None
-        try:
-            payload = json.loads(text)
-        except ValueError as error:
-            raise Corrupt(
-                f"the payload of point {self._rows.ids[row]!r} is not JSON: {error}"
-            ) from error
-        if not isinstance(payload, dict):
-            raise Corrupt(f"the payload of point {self._rows.ids[row]!r} is not a JSON object")
-        return payload
 
-    def provenance(self, row: int) -> Provenance | None:
-        if not self._rows.provenance:
-            return None
-        message = self._rows.provenance[row]
-        if not message.ByteSize():
-            return None
-        return Provenance(
-            source_id=message.source_id,
-            source_version=message.source_version,
-            source_changed_at_ms=message.source_changed_at_ms,
-            embedded_at_ms=message.embedded_at_ms,
-        )
+def _provenance_of(message: types_pb2.Provenance) -> Provenance | None:
+    if not message.ByteSize():
+        return None
+    return Provenance(
+        source_id=message.source_id,
+        source_version=message.source_version,
+        source_changed_at_ms=message.source_changed_at_ms,
+        embedded_at_ms=message.embedded_at_ms,
+    )

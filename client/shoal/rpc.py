@@ -63,6 +63,13 @@ _LOST_IN_TRANSIT = (
     grpc.StatusCode.CANCELLED,
 )
 
+_NEVER_SENT = "failed to connect to all addresses"
+"""How gRPC's balancer refuses a call for want of a connection: nothing left this process."""
+
+_AIO_WRITE_FAILED = "Internal error from Core"
+"""What grpc.aio reports, as INTERNAL, when it writes to a stream that has just ended; it overwrites
+the status the server gave (grpc/grpc issue 36066). The next stream shows the true one."""
+
 
 class Method(enum.Enum):
     """The unary calls of the API."""
@@ -186,7 +193,10 @@ def _error_of_status(
     code: grpc.StatusCode, details: str, *, is_write: bool, address: str
 ) -> ShoalError:
     reason = f"no answer from {address}: {code.name.lower()}: {details}"
-    if code in _LOST_IN_TRANSIT:
+    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_NEVER_SENT):
+        return Unavailable(f"nobody answers at {address}: {details}")
+    write_failed = code is grpc.StatusCode.INTERNAL and details == _AIO_WRITE_FAILED
+    if code in _LOST_IN_TRANSIT or write_failed:
         return error_of_lost_call(reason, is_write=is_write)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
         if "larger than max" in details:

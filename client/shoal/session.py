@@ -49,8 +49,10 @@ def merge_tokens(seen: SessionToken, reply: SessionToken) -> SessionToken:
     A reply about another collection id replaces what was seen: the name was created anew, and
     positions of the former collection mean nothing in it. Returns `seen` itself when nothing moved.
     """
+    if not reply.positions:
+        return seen
     if reply.collection_id != seen.collection_id:
-        return reply if reply.collection_id else seen
+        return reply
     ahead = {
         shard: position
         for shard, position in reply.positions.items()
@@ -83,6 +85,10 @@ class Sessions:
 
     def observe(self, collection: str, message: types_pb2.SessionToken) -> None:
         """Merges the token of a reply."""
+        with self._lock:
+            # Between writes every reply says the same; comparing messages is much cheaper.
+            if message == self._messages.get(collection):
+                return
         reply = token_from_proto(message)
         with self._lock:
             seen = self._tokens.get(collection, SessionToken())

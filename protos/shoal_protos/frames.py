@@ -34,9 +34,9 @@ PREFIX_BYTES: Final = _PREFIX.size
 _LENGTH_BYTES: Final = 4
 _FIXED_BYTES: Final = PREFIX_BYTES - _LENGTH_BYTES
 
-# A kernel takes 3 KiB in one buffer faster than in three, and copying 16 KiB costs about 1 µs,
-# which is what the event loop pays for each further buffer of a vectored write.
-_JOIN_BYTES_MAX: Final = 16 * 1024
+# Measured round trips on uvloop, joined against in two buffers: 22.4 / 22.6 µs with a body of
+# 3,072 bytes, 27.7 / 27.0 with 16,000, 65 / 57 with 128,000.
+_JOIN_BYTES_MAX: Final = 4 * 1024
 
 Buffer = bytes | bytearray | memoryview
 Body = Buffer | Sequence[Buffer]
@@ -79,7 +79,9 @@ class Frame(NamedTuple):
 # one C call without callbacks, which makes it safe to share among threads; a failed call resets it.
 _pack = msgpack.Packer(autoreset=True).pack
 _unpack = msgpack.unpackb
+_new_tuple = tuple.__new__
 _EMPTY: Final = memoryview(b"")
+_BUFFERS: Final = (bytes, bytearray, memoryview)
 
 
 def encode_frame(
@@ -95,17 +97,18 @@ def encode_frame(
     parts: list[Buffer]
     if type(body) is bytes:
         parts = [body]
-        body_size = len(body)
-    elif isinstance(body, bytearray | memoryview):
+        size = len(body)
+    elif isinstance(body, _BUFFERS):
         parts = [_flat(body)]
-        body_size = len(parts[0])
+        size = len(parts[0])
     else:
-        parts = [_flat(part) for part in body]  # type: ignore[arg-type]
-        body_size = sum(map(len, parts))
-    length = _FIXED_BYTES + len(packed) + body_size
-    _check_sizes(length, len(packed), FRAME_BYTES_MAX)
-    prefix = _PREFIX.pack(length, frame_type, request_id, len(packed))
-    if length <= _JOIN_BYTES_MAX:
+        parts = [_flat(part) for part in body]
+        size = sum(map(len, parts))
+    size += PREFIX_BYTES + len(packed)
+    if size > FRAME_BYTES_MAX or len(packed) > HEADER_BYTES_MAX:
+        raise _malformed(frame_type, size, len(packed), FRAME_BYTES_MAX)
+    prefix = _PREFIX.pack(size - _LENGTH_BYTES, frame_type, request_id, len(packed))
+    if size <= _JOIN_BYTES_MAX:
         return [b"".join((prefix, packed, *parts))]
     return [prefix + packed, *parts]
 
@@ -118,16 +121,17 @@ def _flat(part: Buffer) -> Buffer:
     return part
 
 
-def _check_sizes(length: int, header_size: int, frame_bytes_max: int) -> None:
-    size = _LENGTH_BYTES + length
+def _malformed(type_number: int, size: int, header_size: int, frame_bytes_max: int) -> FrameError:
+    """Returns the error that says which bound a frame's prefix breaks."""
+    if type_number not in _TYPES:
+        return FrameError(f"frame type {type_number} is unknown")
     if size > frame_bytes_max:
-        raise FrameError(f"frame of {size} bytes is over the limit of {frame_bytes_max} bytes")
+        return FrameError(f"frame of {size} bytes is over the limit of {frame_bytes_max} bytes")
     if header_size > HEADER_BYTES_MAX:
-        raise FrameError(
+        return FrameError(
             f"frame header of {header_size} bytes is over the limit of {HEADER_BYTES_MAX} bytes"
         )
-    if length < _FIXED_BYTES + header_size:
-        raise FrameError(f"frame of length {length} cannot hold a header of {header_size} bytes")
+    return FrameError(f"frame of {size} bytes cannot hold a header of {header_size} bytes")
 
 
 class FrameDecoder:
@@ -155,66 +159,74 @@ class FrameDecoder:
         """
         if self._error is not None:
             raise self._error
+        frames: list[Frame] = []
         try:
-            return self._decode(chunk)
+            start = self._complete_partial(chunk, frames) if self._partial else 0
+            end = self._decode(chunk, start, frames)
         except FrameError as error:
             self._error = error
             self._partial = bytearray()
             raise
-
-    def _decode(self, chunk: Buffer) -> list[Frame]:
-        frames: list[Frame] = []
-        offset = self._complete_partial(chunk, frames) if self._partial else 0
-        size = len(chunk)
-        while size - offset >= PREFIX_BYTES:
-            length = self._frame_length(chunk, offset)
-            end = offset + _LENGTH_BYTES + length
-            if end > size:
-                break
-            frames.append(_frame(chunk, offset, end))
-            offset = end
-        if offset < size:
-            self._partial += memoryview(chunk)[offset:]
+        if end < len(chunk):
+            self._partial += memoryview(chunk)[end:]
         return frames
+
+    def _decode(self, buffer: Buffer, start: int, frames: list[Frame]) -> int:
+        """Appends the complete frames of buffer[start:]; returns where the first other begins.
+
+        One flat loop: it runs on both sides of every call, and Python calls are what it costs.
+        """
+        end = len(buffer)
+        while end - start >= PREFIX_BYTES:
+            length, type_number, request_id, header_size = _PREFIX.unpack_from(buffer, start)
+            frame_type = _TYPES.get(type_number)
+            size = _LENGTH_BYTES + length
+            body_start = start + PREFIX_BYTES + header_size
+            frame_end = start + size
+            if (
+                frame_type is None
+                or size > self.frame_bytes_max
+                or header_size > HEADER_BYTES_MAX
+                or body_start > frame_end
+            ):
+                raise _malformed(type_number, size, header_size, self.frame_bytes_max)
+            if frame_end > end:
+                break
+            header: object = None
+            if header_size:
+                try:
+                    # Integer keys are allowed: session tokens are keyed by shard number.
+                    header = _unpack(
+                        buffer[start + PREFIX_BYTES : body_start], strict_map_key=False
+                    )
+                # msgpack's own errors are ValueErrors; TypeError is an unhashable map key.
+                except (ValueError, TypeError, OverflowError, RecursionError) as error:
+                    raise FrameError(f"frame header is not one msgpack value: {error}") from error
+            body = _EMPTY
+            if body_start < frame_end:
+                body = memoryview(buffer)[body_start:frame_end].toreadonly()
+            # What Frame(...) does, without the Python call that a NamedTuple's constructor is.
+            frames.append(_new_tuple(Frame, (frame_type, request_id, header, body)))
+            start = frame_end
+        return start
 
     def _complete_partial(self, chunk: Buffer, frames: list[Frame]) -> int:
         """Moves bytes of the chunk to the incomplete frame; returns how many were taken."""
         partial = self._partial
-        view = memoryview(chunk)
         taken = 0
-        if len(partial) < PREFIX_BYTES:
-            taken = min(PREFIX_BYTES - len(partial), len(view))
-            partial += view[:taken]
-            if len(partial) < PREFIX_BYTES:
-                return taken
-        frame_size = _LENGTH_BYTES + self._frame_length(partial, 0)
-        missing = min(frame_size - len(partial), len(view) - taken)
-        partial += view[taken : taken + missing]
-        if len(partial) == frame_size:
-            frames.append(_frame(partial, 0, frame_size))
-            self._partial = bytearray()
-        return taken + missing
+        # Twice: the prefix, then the rest, whose size the prefix tells.
+        for _ in range(2):
+            count = min(self._missing_bytes(), len(chunk) - taken)
+            partial += memoryview(chunk)[taken : taken + count]
+            taken += count
+            if self._decode(partial, 0, frames):
+                self._partial = bytearray()
+                break
+        return taken
 
-    def _frame_length(self, buffer: Buffer, offset: int) -> int:
-        length: int
-        length, type_number, _, header_size = _PREFIX.unpack_from(buffer, offset)
-        if type_number not in _TYPES:
-            raise FrameError(f"frame type {type_number} is unknown")
-        _check_sizes(length, header_size, self.frame_bytes_max)
-        return length
-
-
-def _frame(buffer: Buffer, start: int, end: int) -> Frame:
-    """Decodes the complete and size-checked frame at buffer[start:end]."""
-    _, type_number, request_id, header_size = _PREFIX.unpack_from(buffer, start)
-    body_start = start + PREFIX_BYTES + header_size
-    header: object = None
-    if header_size:
-        try:
-            # Integer keys are allowed: session tokens are keyed by shard number.
-            header = _unpack(buffer[start + PREFIX_BYTES : body_start], strict_map_key=False)
-        # msgpack's own errors are ValueErrors; TypeError is an unhashable map key.
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise FrameError(f"frame header is not one msgpack value: {error}") from error
-    body = memoryview(buffer)[body_start:end].toreadonly() if body_start < end else _EMPTY
-    return Frame(_TYPES[type_number], request_id, header, body)
+    def _missing_bytes(self) -> int:
+        """Returns how many bytes the incomplete frame, or at first its prefix, still lacks."""
+        if len(self._partial) < PREFIX_BYTES:
+            return PREFIX_BYTES - len(self._partial)
+        length: int = _PREFIX.unpack_from(self._partial)[0]
+        return _LENGTH_BYTES + length - len(self._partial)

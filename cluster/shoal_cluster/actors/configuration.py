@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from shoal_cluster.domain.ids import ServerId
 
 NAMESPACE = "shoal"
+CONTROLLER = "controller"
+COORDINATOR = "coordinator"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What the cluster is meant to hold: collections, where their replicas belong, who serves the bucket.
+"""What the cluster is meant to hold: collections, where replicas belong, who serves the bucket.
 
 The catalog is a versioned object in the bucket (manifest/version_log.py). Shard safety never
 depends on it: it says what should run, the manifests and logs say what is true.
@@ -14,10 +14,12 @@ from shoal_cluster.domain.clock import Clock
 from shoal_cluster.domain.errors import Conflict
 from shoal_cluster.domain.ids import CollectionId, IdGenerator, ServerId
 from shoal_cluster.domain.keys import CATALOG_PREFIX
+from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.manifest.version_log import VersionLog
 
 _COMMIT_ATTEMPTS_MAX = 20
+REQUESTS_REMEMBERED = 256
 VERSIONS_KEPT = 20
 """Old catalogs kept for people; none is needed."""
 
@@ -33,7 +35,7 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionRecord:
-    """assignment: per shard, the servers that should hold a replica, the preferred primary first."""
+    """assignment: per shard, the servers that should hold a replica, preferred primary first."""
 
     schema: CollectionSchema
     assignment: tuple[tuple[ServerId, ...], ...]
@@ -41,11 +43,17 @@ class CollectionRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
-    """dropped: collections whose objects are still to be deleted."""
+    """dropped: collections whose objects are still to be deleted. requests: the last requests that
+    changed the catalog, so that a retry is recognised after a restart too.
+    """
 
     owner: Owner | None = None
     collections: Mapping[CollectionId, CollectionRecord] = field(default_factory=dict)
     dropped: tuple[CollectionId, ...] = ()
+    requests: tuple[RequestName, ...] = ()
+
+    def with_request(self, name: RequestName) -> "Catalog":
+        return replace(self, requests=(*self.requests, name)[-REQUESTS_REMEMBERED:])
 
     def by_name(self, name: str) -> CollectionRecord | None:
         for record in self.collections.values():
@@ -63,9 +71,7 @@ class Catalog:
     def to_wire(self) -> dict[str, Any]:
         owner = self.owner
         return {
-            "owner": None
-            if owner is None
-            else [owner.incarnation, owner.address, owner.since_ms],
+            "owner": None if owner is None else [owner.incarnation, owner.address, owner.since_ms],
             "collections": [
                 {
                     "schema": record.schema.to_wire(),
@@ -74,6 +80,7 @@ class Catalog:
                 for record in self.collections.values()
             ],
             "dropped": list(self.dropped),
+            "requests": [list(name) for name in self.requests],
         }
 
     @staticmethod
@@ -92,6 +99,7 @@ class Catalog:
             else Owner(incarnation=owner[0], address=owner[1], since_ms=owner[2]),
             collections={record.schema.id: record for record in records},
             dropped=tuple(fields["dropped"]),
+            requests=tuple(RequestName(*name) for name in fields["requests"]),
         )
 
 

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import structlog
 
+from shoal_cluster.bucket.store import Store
 from shoal_cluster.control.catalog import Catalog, CatalogLog, CollectionRecord, Owner
 from shoal_cluster.control.placement import place_all
 from shoal_cluster.control.reconcile import (
@@ -20,7 +21,6 @@ from shoal_cluster.control.reconcile import (
     diff,
     topology_of,
 )
-from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
 from shoal_cluster.domain.errors import (
     AlreadyExists,
@@ -32,6 +32,7 @@ from shoal_cluster.domain.errors import (
 from shoal_cluster.domain.ids import CollectionId, IdGenerator, ServerId, ShardNumber
 from shoal_cluster.domain.keys import COLLECTIONS_PREFIX, ShardKeys
 from shoal_cluster.domain.observation import ServerReport
+from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema, validate_schema
 from shoal_cluster.domain.schema_change import SchemaChange, apply_change
 from shoal_cluster.domain.topology import Topology
@@ -105,7 +106,9 @@ class ControlLoop:
 
         Raises: Conflict, Unavailable.
         """
-        self.catalog = await self._catalog_log.update(lambda catalog: replace(catalog, owner=self._owner))
+        self.catalog = await self._catalog_log.update(
+            lambda catalog: replace(catalog, owner=self._owner)
+        )
 
     async def run(self) -> None:
         """Reconciles until cancelled, or until another cluster owns the bucket."""
@@ -124,12 +127,19 @@ class ControlLoop:
         """Starts a round at once; called when a link is lost."""
         self._wake.set()
 
-    async def create_collection(self, schema: CollectionSchema) -> CollectionSchema:
+    async def create_collection(
+        self, schema: CollectionSchema, request: RequestName
+    ) -> CollectionSchema:
         """Creates a collection and returns when every shard takes writes. `schema.id` is ignored.
 
-        Raises: InvalidRequest, AlreadyExists, Unavailable (created, but not serving yet).
+        Raises: InvalidRequest; AlreadyExists unless `request` is the one that created it;
+        Unavailable (created, but not serving yet: the same request again waits for it).
         """
         validate_schema(schema)
+        if request in self.catalog.requests:
+            created = _existing(self.catalog, schema.name).schema
+            await self._until_serving(created)
+            return created
         created = replace(schema, id=CollectionId(self._ids.hex(16)), version=1)
         self._refuse_duplicate(self.catalog, created)
         for shard in range(created.shards):
@@ -141,44 +151,48 @@ class ControlLoop:
             record = CollectionRecord(schema=created, assignment=())
             return place_all(catalog.with_record(record), self._servers.placed())
 
-        await self._update(add)
+        await self._update(add, request)
         await self._until_serving(created)
         return created
 
-    async def alter_collection(self, change: SchemaChange) -> CollectionSchema:
+    async def alter_collection(
+        self, change: SchemaChange, request: RequestName
+    ) -> CollectionSchema:
         """Changes a collection; returns its schema once the catalog holds it and replicas know.
 
         Raises: NotFound, InvalidRequest, Conflict.
         """
-        altered: list[CollectionSchema] = []
 
         def alter(catalog: Catalog) -> Catalog:
             record = _existing(catalog, change.name)
-            schema = apply_change(record.schema, change)
-            altered[:] = [schema]
-            return place_all(
-                catalog.with_record(replace(record, schema=schema)), self._servers.placed()
-            )
+            altered = replace(record, schema=apply_change(record.schema, change))
+            return place_all(catalog.with_record(altered), self._servers.placed())
 
-        await self._update(alter)
-        await self._until_serving(altered[0])
-        return altered[0]
+        if request not in self.catalog.requests:
+            await self._update(alter, request)
+        schema = _existing(self.catalog, change.name).schema
+        await self._until_serving(schema)
+        return schema
 
-    async def drop_collection(self, name: str) -> None:
+    async def drop_collection(self, name: str, request: RequestName) -> None:
         """Removes a collection from the catalog; its objects are deleted in the background.
 
-        Raises: NotFound.
+        Raises: NotFound unless `request` is the one that dropped it.
         """
-        await self._update(lambda catalog: catalog.without(_existing(catalog, name).schema.id))
+        if request not in self.catalog.requests:
+            await self._update(
+                lambda catalog: catalog.without(_existing(catalog, name).schema.id), request
+            )
 
     def describe(self, name: str) -> CollectionSchema:
         """Raises: NotFound."""
         return _existing(self.catalog, name).schema
 
-    async def _update(self, change: "CatalogChange") -> None:
+    async def _update(self, change: "CatalogChange", request: RequestName | None = None) -> None:
         def owned(catalog: Catalog) -> Catalog:
             self._require_ownership(catalog)
-            return change(catalog)
+            changed = change(catalog)
+            return changed if request is None else changed.with_request(request)
 
         self.catalog = await self._catalog_log.update(owned)
         self._publish()
@@ -268,9 +282,7 @@ class ControlLoop:
 
     def _start(self, command: Command) -> None:
         """Carries a command out in the background, unless the same is under way already."""
-        collection = (
-            command.schema.id if isinstance(command, OpenReplica) else command.collection
-        )
+        collection = command.schema.id if isinstance(command, OpenReplica) else command.collection
         key = (type(command), command.server, collection, command.shard)
         running = self._busy.get(key)
         if running is not None and not running.done():
@@ -325,7 +337,7 @@ def _existing(catalog: Catalog, name: str) -> CollectionRecord:
     if record is None:
         known = ", ".join(sorted(entry.schema.name for entry in catalog.collections.values()))
         raise NotFound(
-            f"there is no collection {name[:80]!r}; there are: {known or 'none'}", field="collection"
+            f"there is no collection {name[:80]!r}; there are: {known or 'none'}",
+            field="collection",
         )
     return record
-

@@ -117,9 +117,7 @@ def _is_ready(replica: ReplicaReport | None) -> bool:
     return replica is not None and replica.state is ReplicaState.READY
 
 
-def topology_of(
-    catalog: Catalog, reports: Reports, cluster_uuid: bytes, version: int
-) -> Topology:
+def topology_of(catalog: Catalog, reports: Reports, cluster_uuid: bytes, version: int) -> Topology:
     """Returns what coordinators should know: live servers and loaded replicas only."""
     collections = {}
     for record in catalog.collections.values():

@@ -12,6 +12,7 @@ Numbers are zero-padded to 20 digits. Nothing depends on the order of a listing.
 
 from dataclasses import dataclass
 
+from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import CollectionId, Epoch, SegmentId, ShardNumber, Slot
 
 CLUSTER_KEY = "cluster"
@@ -26,8 +27,14 @@ def padded(number: int) -> str:
 
 
 def number_of(key: str) -> int:
-    """Returns the number that ends a key written with `padded`."""
-    return int(key.rsplit("/", 1)[1])
+    """Returns the number that ends a key written with `padded`.
+
+    Raises: Corrupt naming the key when it ends in anything else: it is not ours.
+    """
+    text = key.rsplit("/", 1)[1]
+    if len(text) != _DIGITS or not (text.isascii() and text.isdigit()):
+        raise Corrupt(f"object {key} does not belong here: its name is no number of 20 digits")
+    return int(text)
 
 
 def segment_id(epoch: Epoch, counter: int, unique: str) -> SegmentId:
@@ -36,8 +43,14 @@ def segment_id(epoch: Epoch, counter: int, unique: str) -> SegmentId:
 
 
 def epoch_of_segment(segment: str) -> Epoch:
-    """Returns the epoch that created a segment, which its name carries."""
-    return Epoch(int(segment.split("-", 1)[0]))
+    """Returns the epoch that created a segment, which its name carries.
+
+    Raises: Corrupt when the name is not one that `segment_id` makes.
+    """
+    epoch = segment.split("-", 1)[0]
+    if not (epoch.isascii() and epoch.isdigit()):
+        raise Corrupt(f"segment name {segment[:80]!r} carries no epoch")
+    return Epoch(int(epoch))
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ FILTER_NODES_MAX = 1000
 FILTER_DEPTH_MAX = 32
 FILTER_VALUES_MAX = 10_000
 DELETE_BY_FILTER_MAX = 10_000
-"""Rows one delete-by-filter pass removes from a shard; the coordinator repeats until none is left."""
+"""Rows one pass of delete-by-filter removes from a shard; the coordinator repeats the pass."""
 
 # WAL: one PUT in flight per shard, so a record is as large as what queued meanwhile.
 WAL_RECORD_BYTES_MAX = 8 * MIB

@@ -1,4 +1,4 @@
-"""Which shard a row belongs to. Fixed by format version 1: changing it would misplace stored rows."""
+"""Which shard a row belongs to. Fixed by format version 1: a change would misplace stored rows."""
 
 import xxhash
 

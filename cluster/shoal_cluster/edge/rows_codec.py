@@ -112,7 +112,7 @@ def fill_rows(
     cosine collection are given back with.
     """
     # Protobuf takes UTF-8 bytes for strings, so ids need no decoding here.
-    rows.ids.extend(ids)
+    rows.ids.extend(ids)  # type: ignore[arg-type]
     rows.seqs.extend(seqs)
     decoded: Sequence[tuple[Any, ...]] = ()
     if tails is not None and (with_payload or vectors is not None):

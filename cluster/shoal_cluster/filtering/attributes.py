@@ -85,7 +85,7 @@ def _check_list(value: object, *, attribute: str, field: str) -> list[str]:
     words = []
     for position, word in enumerate(value):
         if isinstance(word, str) and is_stored_form(word, AttributeType.KEYWORD):
-            words.append(word)
+            words.append(str(word))
             continue
         element = f"{field}[{position}]"
         checked = check_scalar(word, AttributeType.KEYWORD, attribute=attribute, field=element)

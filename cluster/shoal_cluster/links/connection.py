@@ -15,13 +15,11 @@ import structlog
 from shoal_cluster.domain.clock import Clock, SystemClock
 from shoal_cluster.domain.errors import (
     Indeterminate,
-    Internal,
     InvalidRequest,
     Outcome,
     Overloaded,
     ShoalError,
     Unavailable,
-    from_wire,
 )
 from shoal_cluster.domain.ids import IdGenerator, SystemIdGenerator
 from shoal_cluster.domain.limits import LINK_IN_FLIGHT_MAX, MIB
@@ -32,7 +30,7 @@ from shoal_cluster.links.handshake import (
     NONCE_BYTES,
     CallerHandshake,
 )
-from shoal_cluster.links.messages import ReceivedReply
+from shoal_cluster.links.messages import ReceivedReply, received_error
 from shoal_cluster.links.network import Network, SocketNetwork
 from shoal_protos.frames import (
     FRAME_BYTES_MAX,
@@ -58,6 +56,9 @@ DRAINING: Final = "draining"
 
 _PINGS_IN_FLIGHT_MAX: Final = 16
 _OVERLOADED_RETRY_MS: Final = 50
+
+# `ReceivedReply(header, body)` without the Python call that a NamedTuple's constructor is.
+_new_tuple = tuple.__new__
 
 _REPLY, _ERROR, _PONG = FrameType.REPLY, FrameType.ERROR, FrameType.PONG
 
@@ -154,7 +155,7 @@ class Link(asyncio.Protocol):
             return await future
         except asyncio.CancelledError:
             if pending.pop(request_id, None) is not None:
-                self._send_cancel(request_id)
+                self._write(FrameType.CANCEL, request_id)
             raise
 
     async def ping(self, timeout_s: float) -> float:
@@ -228,9 +229,8 @@ class Link(asyncio.Protocol):
 
     def _why_not_written(self, method: str) -> str:
         if self._close_reason:
-            return f"'{method}' was not sent: the link to {self.address} is lost: " + (
-                self._close_reason
-            )
+            why = self._close_reason
+            return f"'{method}' was not sent: the link to {self.address} is lost: {why}"
         if self.draining:
             return f"'{method}' was not sent: the listener at {self.address} is shutting down"
         return f"'{method}' was not sent to {self.address}: its deadline had passed"
@@ -243,7 +243,7 @@ class Link(asyncio.Protocol):
             if not future.done():
                 message = f"no reply to '{method}' from {self.address} before its deadline"
                 future.set_exception(_lost(message, on_lost))
-            self._send_cancel(request_id)
+            self._write(FrameType.CANCEL, request_id)
         return min((call[1] for call in self._pending.values()), default=math.inf)
 
     def _lose(self, reason: str) -> None:
@@ -279,9 +279,6 @@ class Link(asyncio.Protocol):
         if transport is not None and not self._close_reason and not transport.is_closing():
             transport.writelines(encode_frame(frame_type, request_id, header))
 
-    def _send_cancel(self, request_id: int) -> None:
-        self._write(FrameType.CANCEL, request_id)
-
     def _next_id(self) -> int:
         """Returns an id that no call in flight has; ids start over after 2^32 calls."""
         request_id = self._last_id % REQUEST_ID_MAX + 1
@@ -311,7 +308,7 @@ class Link(asyncio.Protocol):
                     call = self._pending.pop(frame.request_id, None)
                     # None: a reply that crossed our CANCEL.
                     if call is not None and not call[0].done():
-                        call[0].set_result(ReceivedReply(frame.header, frame.body))
+                        call[0].set_result(_new_tuple(ReceivedReply, frame[2:]))
                 else:
                     self._receive(frame)
         except FrameError as error:
@@ -325,7 +322,7 @@ class Link(asyncio.Protocol):
         elif frame.type is _ERROR:
             call = self._pending.pop(frame.request_id, None)
             if call is not None and not call[0].done():
-                call[0].set_exception(_received_error(frame.header))
+                call[0].set_exception(received_error(frame.header))
         elif frame.type is _PONG:
             call = self._pending.pop(frame.request_id, None)
             if call is not None and not call[0].done():
@@ -368,17 +365,6 @@ class Link(asyncio.Protocol):
 
 def _lost(message: str, on_lost: Outcome) -> ShoalError:
     return Unavailable(message) if on_lost is Outcome.NOT_APPLIED else Indeterminate(message)
-
-
-def _received_error(header: object) -> ShoalError:
-    if isinstance(header, dict):
-        # ValueError: an outcome this version does not know.
-        with contextlib.suppress(ValueError):
-            return from_wire(header)
-    return Internal(
-        f"the listener sent an error that cannot be read: {header!r:.200}",
-        outcome=Outcome.MAYBE_APPLIED,
-    )
 
 
 async def connect(

@@ -19,8 +19,8 @@ from shoal_cluster.domain.errors import (
     InvalidRequest,
     ShoalError,
     Unauthenticated,
-    from_wire,
 )
+from shoal_cluster.links.messages import received_error
 from shoal_protos.frames import PROTOCOL_VERSION, Frame, FrameError, FrameType
 
 MAGIC: Final = "shoal-link"
@@ -71,8 +71,8 @@ class CallerHandshake:
         FrameError if its bytes make no sense.
         """
         header = frame.header
-        if frame.type is FrameType.ERROR and isinstance(header, dict):
-            raise from_wire(header)
+        if frame.type is FrameType.ERROR:
+            raise received_error(header)
         if frame.type is FrameType.HELLO and self._listener_nonce is None:
             match header:
                 case [int(version), bytes(nonce)] if len(nonce) == NONCE_BYTES:

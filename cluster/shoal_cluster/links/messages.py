@@ -4,9 +4,11 @@ These are tuples, not the frozen dataclasses of the house: each call builds four
 tuple costs 0.3 µs where a frozen dataclass with as many fields costs 0.8.
 """
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from shoal_cluster.domain.errors import Internal, Outcome, ShoalError, from_wire
 from shoal_protos.frames import Body
 
 
@@ -46,6 +48,19 @@ Handler = Callable[[Request], Answer | Awaitable[Answer]]
 
 A plain function that returns an Answer costs no task; one that returns a Future (of a batch or an
 executor) costs none either; a coroutine function gets a task. The awaitable is cancelled when the
-caller cancels, its deadline passes or its link breaks, so work that must finish is shielded by the
-handler. ShoalErrors travel to the caller; anything else is logged and becomes Internal.
+caller cancels, its deadline passes or its link breaks: work that must finish is shielded by the
+handler, and who resolves a future checks `done()` first. ShoalErrors travel to the caller; anything
+else is logged and becomes Internal.
 """
+
+
+def received_error(header: object) -> ShoalError:
+    """Rebuilds the error that a peer sent; what cannot be read becomes Internal, MAYBE_APPLIED."""
+    if isinstance(header, dict):
+        # ValueError: an outcome this version does not know.
+        with contextlib.suppress(ValueError):
+            return from_wire(header)
+    return Internal(
+        f"the listener sent an error that cannot be read: {header!r:.200}",
+        outcome=Outcome.MAYBE_APPLIED,
+    )

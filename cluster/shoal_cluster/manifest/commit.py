@@ -3,13 +3,28 @@
 from shoal_cluster.bucket.envelope import EnvelopeKind
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
+from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import Epoch, ManifestVersion, Seq, Slot
-from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.keys import ShardKeys, padded
 from shoal_cluster.manifest import invariants
 from shoal_cluster.manifest.manifest import Manifest
-from shoal_cluster.manifest.version_log import VersionLog
+from shoal_cluster.manifest.version_log import Version, VersionLog
 
 FIRST_PUT_ID = bytes(16)
+"""Put id of version 0: every creator writes the same bytes, so all of them succeed."""
+
+
+def decode_manifest(version: Version, *, key: str) -> Manifest:
+    """Returns a stored version as a manifest that keeps its invariants.
+
+    Raises: Corrupt naming `key` and what is broken.
+    """
+    try:
+        manifest = Manifest.from_wire(version.number, version.put_id, version.fields)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise Corrupt(f"manifest {key} lacks or contradicts itself in {error}") from error
+    invariants.require(manifest, None, where=f"manifest {key}")
+    return manifest
 
 
 class Manifests:
@@ -34,11 +49,10 @@ class Manifests:
         version = await self.versions.newest()
         if version is None:
             return None
-        manifest = Manifest.from_wire(version.number, version.put_id, version.fields)
-        invariants.require(manifest, None, where=f"{self._keys.manifests}{version.number:020d}")
-        return manifest
+        return decode_manifest(version, key=f"{self._keys.manifests}{padded(version.number)}")
 
     async def newest_number(self) -> int | None:
+        """Returns the newest version's number without reading it: one LIST."""
         return await self.versions.newest_number()
 
     async def create_first(self) -> None:
@@ -51,6 +65,7 @@ class Manifests:
             floor_slot=Slot(0),
             floor_epoch=Epoch(0),
             floor_seq=Seq(0),
+            floor_put_id=bytes(16),
             segments=(),
             dedup=[],
             schema_version=0,

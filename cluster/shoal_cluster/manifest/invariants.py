@@ -4,7 +4,8 @@ M-1 the sums of the segments add up to the manifest's sum.
 M-2 dead rows and tombstones go together, and never exceed the rows.
 M-3 segment ids are unique and no segment was made by a later epoch than the manifest's.
 M-4 sequence numbers of segments do not pass floor_seq.
-M-5 a child has a larger version, an epoch and floors that do not go back, and names its parent.
+M-5 a child has the next version, an epoch and floors that do not go back, and names its parent.
+M-6 the floor is of the manifest's epoch or an earlier one.
 """
 
 from shoal_cluster.domain.errors import Corrupt
@@ -31,6 +32,8 @@ def violations(manifest: Manifest) -> list[str]:
                 f"M-4: {segment.id} holds seq {segment.min_seq}..{segment.max_seq}, "
                 f"floor is {manifest.floor_seq}"
             )
+    if manifest.floor_epoch > manifest.epoch:
+        found.append(f"M-6: floor epoch {manifest.floor_epoch} is later than {manifest.epoch}")
     if len({segment.id for segment in manifest.segments}) != len(manifest.segments):
         found.append("M-3: a segment is listed twice")
     return found

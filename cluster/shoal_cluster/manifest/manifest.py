@@ -12,7 +12,10 @@ from shoal_cluster.domain.ids import Epoch, ManifestVersion, SegmentId, Seq, Slo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileEntry:
-    """One immutable object of a segment. name: `vectors`, `codes`, …; key: its place in the bucket."""
+    """One immutable object of a segment.
+
+    name: `vectors`, `codes`, …. key: its place in the bucket. sha256: lower-case hexadecimal.
+    """
 
     name: str
     key: str
@@ -80,7 +83,8 @@ class Manifest:
     """The sealed state of a shard: everything up to and including `floor_slot` is in `segments`.
 
     parent_put_id chains versions; put_id is this version's own. floor_seq: the last sequence number
-    at or before floor_slot; floor_epoch: the epoch of the record in floor_slot. dedup: answered requests as of floor_slot (shard/dedup.py).
+    at or before floor_slot; floor_epoch, floor_put_id: of the record in floor_slot, so that the
+    chain goes on from here. dedup: answered requests as of floor_slot (shard/dedup.py).
     schema_version: the collection schema the segments were built with. sum: set checksum of all
     live rows, equal to the sum of the segments' sums modulo 2**64.
     """
@@ -92,6 +96,7 @@ class Manifest:
     floor_slot: Slot
     floor_epoch: Epoch
     floor_seq: Seq
+    floor_put_id: bytes
     segments: tuple[SegmentEntry, ...]
     dedup: Any
     schema_version: int
@@ -105,6 +110,7 @@ class Manifest:
             "floor_slot": self.floor_slot,
             "floor_epoch": self.floor_epoch,
             "floor_seq": self.floor_seq,
+            "floor_put_id": self.floor_put_id,
             "segments": [segment.to_wire() for segment in self.segments],
             "dedup": self.dedup,
             "schema_version": self.schema_version,
@@ -113,6 +119,7 @@ class Manifest:
 
     @staticmethod
     def from_wire(number: int, put_id: bytes, fields: Mapping[str, Any]) -> "Manifest":
+        """Reverses `to_wire`. Raises KeyError, ValueError or TypeError for anything else."""
         return Manifest(
             version=ManifestVersion(number),
             parent_put_id=fields["parent_put_id"],
@@ -121,6 +128,7 @@ class Manifest:
             floor_slot=fields["floor_slot"],
             floor_epoch=fields["floor_epoch"],
             floor_seq=fields["floor_seq"],
+            floor_put_id=fields["floor_put_id"],
             segments=tuple(SegmentEntry.from_wire(entry) for entry in fields["segments"]),
             dedup=fields["dedup"],
             schema_version=fields["schema_version"],

@@ -87,7 +87,10 @@ class VersionLog:
         )
 
     async def commit(self, number: int, put_id: bytes, fields: Mapping[str, Any]) -> bool:
-        """Tries to make `fields` version `number`; False when that version is somebody else's."""
+        """Tries to make `fields` version `number`; False when that version is somebody else's.
+
+        put_id: 16 random bytes, used for no other commit.
+        """
         key = f"{self._versions}{padded(number)}"
         header = {"version": number, "put_id": put_id}
         body = encode(self._kind, header, msgpack.packb(fields))
@@ -138,8 +141,11 @@ class VersionLog:
 
     def _decode(self, number: int, body: bytes, key: str) -> Version:
         envelope = decode(body, self._kind, key=key)
-        if envelope.header["version"] != number:
-            raise Corrupt(f"{key} says it is version {envelope.header['version']}; it was copied")
-        return Version(
-            number=number, put_id=envelope.header["put_id"], fields=msgpack.unpackb(envelope.payload, strict_map_key=False)
-        )
+        found = envelope.header.get("version")
+        if found != number or "put_id" not in envelope.header:
+            raise Corrupt(f"object {key} says it is version {found}; it was copied or misplaced")
+        try:
+            fields = msgpack.unpackb(envelope.payload, strict_map_key=False)
+        except (ValueError, msgpack.UnpackException) as error:
+            raise Corrupt(f"object {key} holds no msgpack map: {error}") from error
+        return Version(number=number, put_id=envelope.header["put_id"], fields=fields)

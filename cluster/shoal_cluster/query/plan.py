@@ -27,7 +27,6 @@ from shoal_cluster.filtering.wire import to_wire
 from shoal_cluster.query.pruning import PrunedShard, reachable_shards
 from shoal_cluster.shard.calls import ReadLevel, SearchCall
 
-
 HITS_WITH_ROWS_MAX = 10_000
 """Hits of all queries together when payloads or vectors are asked for."""
 

@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from shoal_cluster.bucket import envelope
 from shoal_cluster.bucket.envelope import EnvelopeKind
-from shoal_cluster.domain.errors import Corrupt
+from shoal_cluster.domain.errors import Conflict, Corrupt
 from shoal_cluster.domain.schema import Metric
 from shoal_cluster.filtering import statistics
 from shoal_cluster.filtering.statistics import SegmentStatistics
 from shoal_cluster.index.calibration import RecallCurve
 from shoal_cluster.index.families import Family
+from shoal_cluster.segment.format import FORMAT_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ def encode_meta(meta: SegmentMeta) -> bytes:
     return envelope.encode(
         EnvelopeKind.SEGMENT_META,
         {
+            "format": FORMAT_VERSION,
             "rows": meta.rows,
             "min_seq": meta.min_seq,
             "max_seq": meta.max_seq,
@@ -59,6 +61,12 @@ def decode_meta(body: bytes | memoryview, *, key: str) -> SegmentMeta:
     Raises: Corrupt when the bytes are damaged; Conflict when a newer Shoal wrote them.
     """
     header = envelope.decode(body, EnvelopeKind.SEGMENT_META, key=key).header
+    version = header.get("format")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise Conflict(
+            f"segment {key} has format {version}, this server reads up to {FORMAT_VERSION}; "
+            "upgrade the server"
+        )
     try:
         return SegmentMeta(
             rows=header["rows"],

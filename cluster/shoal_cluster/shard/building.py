@@ -8,6 +8,7 @@ Memory: the rows of the result once as arrays plus what FAISS needs to train, at
 BUILD_MEMORY_BYTES_MAX; planners keep their orders below SEGMENT_ROWS_MAX rows.
 """
 
+import functools
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +21,14 @@ from shoal_cluster.bucket.create import create_file_once
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
 from shoal_cluster.domain.errors import Conflict
-from shoal_cluster.domain.ids import CollectionId, SegmentId, ShardNumber, Slot
+from shoal_cluster.domain.ids import CollectionId, SegmentId, Seq, ShardNumber, Slot
 from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.point import Vector
 from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.index.row_bits import rows_of_bits
 from shoal_cluster.manifest.manifest import FileEntry, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
+from shoal_cluster.segment.deletes import alive_bits
 from shoal_cluster.shard.compute import Compute
 from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_cluster.wal.log import Wal
@@ -104,35 +108,42 @@ class LocalBuilds:
 async def execute_build(
     order: BuildOrder, store: Store, scratch: Path, clock: Clock, compute: Compute
 ) -> SegmentEntry | None:
-    """Carries out an order; see `Builds.build`."""
-    rows = _sort_by_id(await _collect_rows(order, store, scratch, clock, compute))
-    if not rows.ids:
-        return None
+    """Carries out an order; see `Builds.build`. scratch: an existing directory."""
     with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
         directory = Path(folder)
+        rows = await _collect_rows(order, store, directory, clock, compute)
+        if not rows.ids:
+            return None
+        target = directory / "segment"
+        target.mkdir()
         built = await compute.run(
-            lambda: build_segment(rows, order.schema, directory, seed=order.seed)
+            lambda: build_segment(_sort_by_id(rows), order.schema, target, seed=order.seed)
         )
         keys = ShardKeys(order.collection, order.shard)
         files = []
-        for name, path, size_bytes, sha256 in built.files:
-            key = keys.segment(order.segment) + name
+        for file in built.files:
+            entry = FileEntry(
+                name=file.name,
+                key=keys.segment(order.segment) + file.name,
+                size_bytes=file.size_bytes,
+                sha256=file.sha256,
+            )
             await create_file_once(
                 store,
-                key,
-                path,
-                sha256=sha256,
-                size_bytes=size_bytes,
+                entry.key,
+                file.path,
+                sha256=file.sha256,
+                size_bytes=file.size_bytes,
                 clock=clock,
                 deadline_s=None,
             )
-            files.append(FileEntry(name=name, key=key, size_bytes=size_bytes, sha256=sha256))
+            files.append(entry)
     return SegmentEntry(
         id=order.segment,
         files=tuple(files),
         rows=built.rows,
-        min_seq=built.min_seq,
-        max_seq=built.max_seq,
+        min_seq=Seq(built.min_seq),
+        max_seq=Seq(built.max_seq),
         tombstones=None,
         dead=0,
         sum=built.sum,
@@ -140,18 +151,15 @@ async def execute_build(
 
 
 async def _collect_rows(
-    order: BuildOrder, store: Store, scratch: Path, clock: Clock, compute: Compute
+    order: BuildOrder, store: Store, directory: Path, clock: Clock, compute: Compute
 ) -> SegmentInput:
     parts: list[SegmentInput] = []
-    files = SegmentFiles(store, scratch / "sources", compute)
+    files = SegmentFiles(store, directory / "sources", compute)
     for source in order.sources:
         reader = await files.open_reader(source, order.schema)
         dead = await files.tombstones(source)
-        live = np.array(
-            [row for row in range(reader.rows) if row not in dead] if dead else range(reader.rows),
-            dtype=np.uint32,
-        )
-        parts.append(await compute.run(lambda reader=reader, live=live: reader.export(live)))
+        live = rows_of_bits(alive_bits(reader.rows, dead), reader.rows)
+        parts.append(await compute.run(functools.partial(reader.export, live)))
     if order.wal_last:
         parts.append(await _rows_of_wal(order, store, clock))
     return SegmentInput(
@@ -165,11 +173,9 @@ async def _collect_rows(
 async def _rows_of_wal(order: BuildOrder, store: Store, clock: Clock) -> SegmentInput:
     """Returns the rows that live after the ordered slots, by those slots alone."""
     wal = Wal(store, ShardKeys(order.collection, order.shard), order.cluster_uuid, clock)
-    survivors: dict[bytes, tuple[int, np.ndarray[Any, np.dtype[np.float32]], bytes]] = {}
+    survivors: dict[bytes, tuple[int, Vector, bytes]] = {}
     expected = order.wal_first
-    async for record in wal.replay(order.wal_first):
-        if record.slot > order.wal_last:
-            break
+    async for record in wal.replay(order.wal_first, order.wal_last):
         expected = Slot(record.slot + 1)
         batch = record.batch
         row = 0
@@ -184,8 +190,7 @@ async def _rows_of_wal(order: BuildOrder, store: Store, clock: Clock) -> Segment
             f"slots up to {order.wal_last} were ordered but the log ends at {expected - 1}; "
             "another primary has moved on"
         )
-    count = len(survivors)
-    vectors = np.empty((count, order.schema.dimension), dtype=np.float32)
+    vectors = np.empty((len(survivors), order.schema.dimension), dtype=np.float32)
     for place, (_, vector, _) in enumerate(survivors.values()):
         vectors[place] = vector
     return SegmentInput(

@@ -4,17 +4,19 @@ Here a request meets the order: deduplication, conditions, patches and deletes b
 now, so that what is written to the log are plain upserts and deletes whose replay cannot fail.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from shoal_cluster.domain import limits
-from shoal_cluster.domain.errors import Conflict, InvalidRequest
+from shoal_cluster.domain.errors import Conflict, InvalidRequest, Unavailable
 from shoal_cluster.domain.ids import Epoch, Seq
 from shoal_cluster.domain.point import Vector, Vectors, decode_tail, encode_tail
-from shoal_cluster.filtering.expression import from_wire, matches
+from shoal_cluster.filtering.expression import matches
+from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard.calls import WriteCall, WriteKind
 from shoal_cluster.shard.dedup import Answer
 from shoal_cluster.shard.search import matching_ids
@@ -49,7 +51,13 @@ class Composition:
     def operations(self) -> int:
         return len(self._ids)
 
+    @property
+    def requests(self) -> int:
+        """Requests that became part of the batch, even those that found nothing to change."""
+        return len(self._marks)
+
     def batch(self) -> OperationBatch:
+        """Returns the batch; its vectors are copied out of the requests' bodies."""
         vectors = (
             np.concatenate(self._vectors)
             if self._vectors
@@ -68,12 +76,14 @@ class Composition:
 
         A request that was carried out before gets its first answer and adds nothing.
 
-        Raises: InvalidRequest, Conflict, Indeterminate: the request adds nothing.
+        Raises: InvalidRequest, Conflict (a condition failed on the state as far as it is known
+        here), Unavailable, Indeterminate: the request adds nothing.
         """
         name = (call.client_id, call.request_no)
         earlier = self._answers.get(name) or self._state.dedup.find(*name)
         if earlier is not None:
             return earlier
+        self._check(call)
         first = len(self._ids)
         affected, more = self._operations_of(call)
         first_seq = Seq(self._state.seq + 1 + first)
@@ -84,9 +94,7 @@ class Composition:
             affected=affected,
             more=more,
         )
-        self._marks.append(
-            RequestMark(*name, first, len(self._ids) - first, affected, more)
-        )
+        self._marks.append(RequestMark(*name, first, len(self._ids) - first, affected, more))
         self._answers[name] = answer
         return answer
 
@@ -99,32 +107,56 @@ class Composition:
             return self._delete(call.ids), False
         expression = from_wire(call.filter)
         limit = limits.DELETE_BY_FILTER_MAX
-        candidates = matching_ids(self._state.snapshot(), expression, limit + 1)
-        chosen = [
-            point_id
-            for point_id in candidates[:limit]
-            if (pending := self._pending.get(point_id)) is None
-            or (pending.tail is not None and matches(expression, decode_tail(pending.tail)[1]))
-        ]
+        # What the batch so far has touched is judged by what it made of it, the rest as it stands.
+        stored = matching_ids(self._state.snapshot(), expression, limit + 1)
+        chosen = [point_id for point_id in stored[:limit] if point_id not in self._pending]
         chosen += [
             point_id
             for point_id, pending in self._pending.items()
-            if pending.tail is not None
-            and point_id not in set(chosen)
-            and matches(expression, decode_tail(pending.tail)[1])
+            if pending.tail is not None and matches(expression, decode_tail(pending.tail)[1])
         ]
-        return self._delete(chosen), len(candidates) > limit
+        return self._delete(chosen), len(stored) > limit
 
-    def _upsert(self, call: WriteCall) -> int:
+    def _check(self, call: WriteCall) -> None:
+        """Refuses what could not be replayed, before anything of the request is in the batch."""
+        counts = {
+            WriteKind.UPSERT: (len(call.tails), memoryview(call.body).nbytes),
+            WriteKind.PATCH: (len(call.patches), 0),
+        }.get(call.kind)
         dimension = self._state.schema.dimension
-        if len(call.body) != len(call.ids) * dimension * 4 or len(call.tails) != len(call.ids):
+        if call.kind is WriteKind.UPSERT and counts != (
+            len(call.ids),
+            4 * dimension * len(call.ids),
+        ):
             raise InvalidRequest(
-                f"{len(call.ids)} ids came with {len(call.tails)} rows and {len(call.body)} bytes of "
-                f"vectors",
+                f"{len(call.ids)} ids came with (rows, vector bytes) {counts}",
                 field="vectors",
                 limit=f"{dimension} float32 a point",
             )
+        if call.kind is WriteKind.PATCH and counts != (len(call.ids), 0):
+            raise InvalidRequest(
+                f"{len(call.ids)} ids came with {len(call.patches)} patches", field="patches"
+            )
+        if call.if_seqs is not None and len(call.if_seqs) != len(call.ids):
+            raise InvalidRequest(
+                f"{len(call.ids)} ids came with {len(call.if_seqs)} conditions", field="if_seqs"
+            )
+        self._check_attributes(call)
         self._check_conditions(call)
+
+    def _check_attributes(self, call: WriteCall) -> None:
+        """Refuses attributes this replica has not been told of yet: its indexes would lack them."""
+        declared = self._state.schema.attributes.keys()
+        for attributes in (*map(_attributes_of, call.tails), *call.patches):
+            if not attributes.keys() <= declared:
+                raise Unavailable(
+                    f"attributes {sorted(attributes.keys() - declared)} are not declared in schema "
+                    f"version {self._state.schema.version}, the newest that has reached this "
+                    "replica; nothing was applied, try again"
+                )
+
+    def _upsert(self, call: WriteCall) -> int:
+        dimension = self._state.schema.dimension
         vectors = np.frombuffer(call.body, dtype=np.float32).reshape(len(call.ids), dimension)
         first_seq = self._state.seq + 1 + len(self._ids)
         for offset, (point_id, tail) in enumerate(zip(call.ids, call.tails, strict=True)):
@@ -149,9 +181,9 @@ class Composition:
                 wanted = "absent" if seq == 0 else f"at seq {seq}"
                 found = "absent" if actual == 0 else f"at seq {actual}"
                 raise Conflict(
-                    f"point {point_id.decode()!r} should be {wanted} but is {found}; nothing of the "
+                    f"point {point_id.decode(errors='replace')!r} should be {wanted} but is {found}; nothing of the "
                     "request was applied to this shard",
-                    field=f"points[{index}].if_seq" if call.if_seqs else "if_absent",
+                    field="if_absent" if call.if_seqs is None else f"points[{index}].if_seq",
                 )
 
     def _seq_of(self, point_id: bytes) -> int:
@@ -183,10 +215,12 @@ class Composition:
             patched += 1
         return patched
 
-    def _row_of(self, point_id: bytes) -> tuple[Any, bytes] | None:
+    def _row_of(self, point_id: bytes) -> tuple[Vector, bytes] | None:
         pending = self._pending.get(point_id)
         if pending is not None:
-            return None if pending.tail is None else (pending.vector, pending.tail)
+            if pending.vector is None or pending.tail is None:
+                return None
+            return pending.vector, pending.tail
         place = self._state.locate(point_id)
         return None if place is None else (place.vector, place.tail)
 
@@ -201,3 +235,10 @@ class Composition:
             self._upserts.append(0)
             deleted += 1
         return deleted
+
+
+def _attributes_of(tail: bytes) -> Mapping[str, Any]:
+    try:
+        return decode_tail(tail)[1]
+    except (ValueError, TypeError, IndexError, msgpack.UnpackException) as error:
+        raise InvalidRequest(f"a row's tail does not decode: {error}", field="tails") from error

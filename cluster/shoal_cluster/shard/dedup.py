@@ -3,10 +3,19 @@
 Part of the shard's state: fed only by WAL records in order, hence equal on every replica, and kept
 across restarts by the WAL and by the manifest's snapshot.
 
-Invariant D-1: what is remembered is a function of the records applied, in order.
+Invariants:
+D-1 what is remembered is a function of the records applied, in order.
+D-2 of a client that is remembered, no request is carried out twice: what is no longer remembered
+    is refused.
+
+A client that wrote nothing while DEDUP_CLIENTS_MAX others did is forgotten whole; a retry of its is
+then taken for a first request. SDKs retry for seconds, so this takes hundreds of clients a second
+on one shard.
 """
 
+import heapq
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from shoal_cluster.domain import limits
@@ -24,28 +33,44 @@ class Answer(NamedTuple):
     more: bool
 
 
+class _Window:
+    """The requests of one client with the largest numbers. forgotten: the largest one dropped."""
+
+    def __init__(self, forgotten: int = 0) -> None:
+        self.answers: dict[int, Answer] = {}
+        self.forgotten = forgotten
+        self._numbers: list[int] = []  # a heap of the keys of `answers`
+
+    def add(self, request_no: int, answer: Answer) -> None:
+        if request_no not in self.answers:
+            heapq.heappush(self._numbers, request_no)
+        self.answers[request_no] = answer
+        if len(self.answers) > limits.DEDUP_REQUESTS_PER_CLIENT_MAX:
+            smallest = heapq.heappop(self._numbers)
+            del self.answers[smallest]
+            self.forgotten = max(self.forgotten, smallest)
+
+
 class Dedup:
     """The last answers of each client; least recently writing clients are forgotten first."""
 
     def __init__(self) -> None:
-        self._clients: OrderedDict[str, OrderedDict[int, Answer]] = OrderedDict()
+        self._clients: OrderedDict[str, _Window] = OrderedDict()
         self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
 
     def find(self, client_id: str, request_no: int) -> Answer | None:
         """Returns the first answer to a request, or None when it was never carried out.
 
-        Raises: Indeterminate for a number older than everything remembered of a client that has
-        written a full window since: whether it was applied can no longer be told.
+        Raises: Indeterminate for a number that may have been carried out and forgotten (D-2).
         """
-        answers = self._clients.get(client_id)
-        if answers is None:
+        window = self._clients.get(client_id)
+        if window is None:
             return None
-        answer = answers.get(request_no)
-        if (
-            answer is None
-            and len(answers) >= limits.DEDUP_REQUESTS_PER_CLIENT_MAX
-            and request_no < min(answers)
-        ):
+        answer = window.answers.get(request_no)
+        if answer is None and request_no <= window.forgotten:
             raise Indeterminate(
                 f"request {request_no} of client {client_id} is older than the last "
                 f"{limits.DEDUP_REQUESTS_PER_CLIENT_MAX} it made; whether it was applied is no "
@@ -56,33 +81,39 @@ class Dedup:
         return answer
 
     def remember(self, client_id: str, request_no: int, answer: Answer) -> None:
-        answers = self._clients.setdefault(client_id, OrderedDict())
+        """Remembers an answer, and forgets what has no room any more."""
+        window = self._clients.get(client_id)
+        if window is None:
+            window = self._clients[client_id] = _Window()
         self._clients.move_to_end(client_id)
-        if request_no not in answers:
-            self._count += 1
-        answers[request_no] = answer
-        if len(answers) > limits.DEDUP_REQUESTS_PER_CLIENT_MAX:
-            answers.popitem(last=False)
-            self._count -= 1
+        self._count -= len(window.answers)
+        window.add(request_no, answer)
+        self._count += len(window.answers)
         while (
             len(self._clients) > limits.DEDUP_CLIENTS_MAX
             or self._count > limits.DEDUP_REQUESTS_MAX
         ):
-            _, forgotten = self._clients.popitem(last=False)
-            self._count -= len(forgotten)
+            _, dropped = self._clients.popitem(last=False)
+            self._count -= len(dropped.answers)
 
     def snapshot(self) -> list[Any]:
-        """Returns everything remembered, oldest first, msgpack-able."""
+        """Returns everything remembered, least recent client first, msgpack-able."""
         return [
-            [client_id, [[request_no, *answer] for request_no, answer in answers.items()]]
-            for client_id, answers in self._clients.items()
+            [
+                client_id,
+                window.forgotten,
+                [[request_no, *answer] for request_no, answer in window.answers.items()],
+            ]
+            for client_id, window in self._clients.items()
         ]
 
     @staticmethod
-    def restore(snapshot: list[Any]) -> "Dedup":
+    def restore(snapshot: Sequence[Any]) -> "Dedup":
         """Reverses `snapshot`."""
         dedup = Dedup()
-        for client_id, answers in snapshot:
+        for client_id, forgotten, answers in snapshot:
+            window = dedup._clients[client_id] = _Window(forgotten)
             for request_no, *answer in answers:
-                dedup.remember(client_id, request_no, Answer(*answer))
+                window.add(request_no, Answer(*answer))
+            dedup._count += len(window.answers)
         return dedup

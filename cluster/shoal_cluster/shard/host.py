@@ -12,14 +12,17 @@ import numpy as np
 import structlog
 
 from shoal_cluster.domain.errors import (
+    InvalidRequest,
     NotPrimary,
     ShoalError,
     Unavailable,
 )
 from shoal_cluster.domain.ids import CollectionId, Epoch, ShardNumber, Slot
 from shoal_cluster.domain.observation import ReplicaReport, ReplicaState
+from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import CollectionSchema
-from shoal_cluster.filtering.expression import Expression, from_wire
+from shoal_cluster.filtering.expression import Expression
+from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard import search
 from shoal_cluster.shard.calls import (
     CountCall,
@@ -35,6 +38,7 @@ from shoal_cluster.shard.calls import (
 from shoal_cluster.shard.ports import Publisher, ShardPorts
 from shoal_cluster.shard.primary import Primary
 from shoal_cluster.shard.replica import Replica
+from shoal_cluster.shard.state import Snapshot
 from shoal_cluster.shard.takeover import take_over
 
 _log = structlog.get_logger()
@@ -133,7 +137,9 @@ class ShardHost:
         if hosted is not None and hosted.state is ReplicaState.READY:
             hosted.replica.wake()
 
-    async def search(self, call: SearchCall, body: memoryview) -> tuple[SearchReply, bytes]:
+    async def search(
+        self, call: SearchCall, body: bytes | memoryview
+    ) -> tuple[SearchReply, bytes]:
         """Answers a search; the bytes are the hits' vectors when asked for."""
         replica = self._ready((call.collection, call.shard)).replica
         clock = self._ports.clock
@@ -141,7 +147,7 @@ class ShardHost:
         await replica.wait_for(call.level)
         schema = replica.schema
         order = search.SearchOrder(
-            queries=np.frombuffer(body, dtype=np.float32).reshape(-1, schema.dimension),
+            queries=_queries(body, schema.dimension),
             k=call.k,
             filter=_expression(call.filter),
             exact=call.exact,
@@ -149,6 +155,8 @@ class ShardHost:
             explain=call.explain,
         )
         waited_s = clock.monotonic_s()
+        # Both at one moment: what the reply claims to reflect is what is searched.
+        as_of = replica.as_of()
         prepared = search.prepare(replica.state, order)
         prepared_s = clock.monotonic_s()
         if prepared.rows_considered <= INLINE_ROWS_MAX:
@@ -177,7 +185,7 @@ class ShardHost:
             keys=hits.keys.tobytes(),
             seqs=hits.seqs,
             tails=tails,
-            as_of=replica.as_of(),
+            as_of=as_of,
             explain=explain,
         )
         return reply, vectors
@@ -234,8 +242,10 @@ class ShardHost:
             segments=len(state.segments),
             sum=state.sum,
             memory_bytes=sum(memtable.memory_bytes() for memtable in state.memtables)
-            + sum(view.reader.memory_bytes().resident for view in state.segments.values()),
-            mapped_bytes=sum(view.reader.memory_bytes().mapped for view in state.segments.values()),
+            + sum(view.reader.memory_bytes().resident_bytes for view in state.segments.values()),
+            mapped_bytes=sum(
+                view.reader.memory_bytes().mapped_bytes for view in state.segments.values()
+            ),
             appends=primary.appends if primary is not None else 0,
             operations=primary.operations if primary is not None else 0,
             sealing=primary is not None and primary.sealing,
@@ -244,7 +254,7 @@ class ShardHost:
     def _rows(
         self,
         replica: Replica,
-        snapshot: search.Snapshot,
+        snapshot: Snapshot,
         ids: Sequence[bytes],
         sources: Sequence[tuple[int, int]],
         with_vector: bool,
@@ -268,6 +278,21 @@ class ShardHost:
             reason = f" ({hosted.reason})" if hosted.reason else ""
             raise Unavailable(f"the replica of shard {name[1]} is {hosted.state.value}{reason}")
         return hosted
+
+
+def _queries(body: bytes | memoryview, dimension: int) -> Vectors:
+    """Returns the queries in memory of their own: a frame's body is aligned for nothing.
+
+    Raises: InvalidRequest when the bytes are not whole vectors.
+    """
+    size_bytes = memoryview(body).nbytes
+    if not size_bytes or size_bytes % (4 * dimension):
+        raise InvalidRequest(
+            f"the queries have {size_bytes} bytes",
+            field="vectors",
+            limit=f"a multiple of {4 * dimension} bytes ({dimension} float32)",
+        )
+    return np.array(np.frombuffer(body, dtype=np.float32)).reshape(-1, dimension)
 
 
 def _expression(wire: Any) -> Expression | None:

@@ -6,7 +6,7 @@ loop writes; readers get views (`MemtableView`) that later writes do not disturb
 view's count do not exist for it, and the alive flags are replaced, never changed, by a kill.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,7 @@ class Memtable:
     """Invariant T-1: at most one live row an id; `touched` names every id an operation named."""
 
     def __init__(self, schema: CollectionSchema, start_slot: Slot) -> None:
+        self.schema = schema
         self.start_slot = start_slot
         self.ids: list[bytes] = []
         self.tails: list[bytes] = []
@@ -45,7 +46,7 @@ class Memtable:
         self.hashes: list[int] = []
         self.row_of: dict[bytes, int] = {}
         self.deleted: set[bytes] = set()
-        self.kills: dict[SegmentId, list[npt.NDArray[np.int64]]] = {}
+        self._kills: dict[SegmentId, list[npt.NDArray[np.int64]]] = {}
         self.operations = 0
         self.size_bytes = 0
         self.live = 0
@@ -78,8 +79,9 @@ class Memtable:
         first = len(self.ids)
         self._reserve(first + len(ids))
         self._vectors[first : first + len(ids)] = vectors
-        block = memoryview(vectors).cast("B") if vectors.size else memoryview(b"")
         width = vectors.shape[1] * 4
+        block = self._vectors[first : first + len(ids)].data.cast("B") if ids else memoryview(b"")
+        declared = self.schema.attributes.keys()
         total = 0
         for offset, (point_id, tail, seq) in enumerate(zip(ids, tails, seqs, strict=True)):
             start = offset * width
@@ -88,7 +90,12 @@ class Memtable:
             self.hashes.append(hashed)
             self.row_of[point_id] = first + offset
             self.deleted.discard(point_id)
-            self.columns.append(decode_tail(tail)[1])
+            attributes = decode_tail(tail)[1]
+            if not attributes.keys() <= declared:
+                # Written under a newer schema than this replica has been told of. Applying is
+                # total, so the value waits in the tail for `redeclare`.
+                attributes = {name: attributes[name] for name in attributes.keys() & declared}
+            self.columns.append(attributes)
             self.size_bytes += len(point_id) + len(tail) + width
         self.ids.extend(ids)
         self.tails.extend(tails)
@@ -108,23 +115,36 @@ class Memtable:
         self.live -= len(rows)
         return sum(self.hashes[row] for row in rows)
 
+    def live_sum(self) -> int:
+        """Returns the sum of the live rows' hashes."""
+        return sum(self.hashes[row] for row in np.flatnonzero(self._alive[: len(self.ids)]))
+
     def note_deleted(self, ids: Sequence[bytes]) -> None:
         self.deleted.update(ids)
 
     def note_segment_kills(self, segment: SegmentId, rows: npt.NDArray[np.int64]) -> None:
         """Remembers rows of a segment that operations of this memtable replaced or deleted."""
-        self.kills.setdefault(segment, []).append(rows)
+        self._kills.setdefault(segment, []).append(rows)
+
+    def replace_segment_kills(self, kills: Mapping[SegmentId, npt.NDArray[np.int64]]) -> None:
+        """Forgets what was noted of other segments; these are the installed ones now."""
+        self._kills = {segment: [rows] for segment, rows in kills.items()}
 
     def killed_rows(self, segment: SegmentId) -> npt.NDArray[np.int64]:
         """Returns the rows of a segment that this memtable killed."""
-        parts = self.kills.get(segment)
+        parts = self._kills.get(segment)
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
     def redeclare(self, schema: CollectionSchema) -> None:
         """Builds the columns again after attributes were added."""
-        self.columns = MemoryColumns(schema.attributes)
+        declared = schema.attributes
+        self.schema = schema
+        columns = MemoryColumns(schema.attributes)
         for tail in self.tails:
-            self.columns.append(decode_tail(tail)[1])
+            attributes = decode_tail(tail)[1]
+            columns.append({name: attributes[name] for name in attributes if name in declared})
+        # Replaced whole: a search in another thread may hold the columns it began with.
+        self.columns = columns
 
     def memory_bytes(self) -> int:
         """Returns an estimate of the resident memory: array capacity plus stored bytes."""

@@ -6,18 +6,21 @@ nothing undurable is ever seen.
 
 Invariants:
 P-1 at most one append is unresolved, and its slot is the state's slot + 1.
-P-2 an acknowledged request is in a record of our epoch, or was answered from the dedup memory.
-P-3 after another epoch's record was met, nothing is acknowledged any more.
+P-2 an acknowledged request is in a record of our epoch, also when it found nothing to change, or
+    was answered from the dedup memory. A condition is refused only once it is sure that it was
+    judged by the newest state: by the group's append, or by a probe.
+P-3 after the epoch has ended, nothing is applied and nothing acknowledged any more.
 """
 
 import asyncio
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
 from shoal_cluster.domain import limits
 from shoal_cluster.domain.errors import (
+    Conflict,
     Indeterminate,
     NotPrimary,
     Overloaded,
@@ -49,6 +52,33 @@ class _Queued:
     reply: asyncio.Future[WriteReply]
 
 
+@dataclass(slots=True)
+class _Group:
+    """Requests of one append. refused: their condition failed, by a state yet to be confirmed."""
+
+    members: list[tuple[_Queued, Answer]] = field(default_factory=list)
+    refused: list[tuple[_Queued, Conflict]] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Tells everybody what was found: the group is durable, the state was the newest."""
+        for queued, answer in self.members:
+            if not queued.reply.done():
+                queued.reply.set_result(_reply(answer))
+        for queued, refusal in self.refused:
+            if not queued.reply.done():
+                queued.reply.set_exception(refusal)
+
+    def fail(self, error: ShoalError) -> None:
+        """Gives `error` to all without an answer; what only failed a condition did nothing."""
+        for queued, _ in self.members:
+            if not queued.reply.done():
+                queued.reply.set_exception(error)
+        for queued, _ in self.refused:
+            if not queued.reply.done():
+                reason = f"the condition could not be judged: {error.message}; nothing was applied"
+                queued.reply.set_exception(Unavailable(reason))
+
+
 class Primary:
     """Serves writes of one epoch, from `start` until it is fenced or closed."""
 
@@ -56,10 +86,12 @@ class Primary:
         self.epoch = epoch
         self._replica = replica
         self._publisher = publisher
-        self._sealer = Sealer(replica, epoch, publisher, on_lost=self._lose)
+        self._wake = asyncio.Event()
+        self._sealer = Sealer(
+            replica, epoch, publisher, on_lost=self._lose, on_idle=self._wake.set
+        )
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
-        self._wake = asyncio.Event()
         self._settled = asyncio.Event()
         self._settled.set()
         self._loop: asyncio.Task[None] | None = None
@@ -96,11 +128,14 @@ class Primary:
         applied. Indeterminate: send the same request again to find out.
         """
         if self._ended is not None:
-            raise self._ended
+            raise NotPrimary(self._ended.message)
         self._admit(call)
         size_bytes = (
-            len(call.body) + sum(map(len, call.tails)) + sum(map(len, call.ids))
-        ) + _REQUEST_OVERHEAD_BYTES
+            memoryview(call.body).nbytes
+            + sum(map(len, call.tails))
+            + sum(map(len, call.ids))
+            + _REQUEST_OVERHEAD_BYTES
+        )
         reply: asyncio.Future[WriteReply] = asyncio.get_running_loop().create_future()
         self._queue.append(_Queued(call, size_bytes, reply))
         self._queued_bytes += size_bytes
@@ -148,6 +183,9 @@ class Primary:
             # Not a lost race but a broken promise (corrupt log, failed fsync): stop and say so.
             _log.error("primary_failed", shard=self._replica.keys.shard, reason=error.message)
             self._lose(error.message)
+        finally:
+            # Whatever ended the loop, a bug too: nobody may wait for it in vain.
+            self._lose("its loop has stopped")
 
     async def _idle(self) -> None:
         self._wake.clear()
@@ -163,7 +201,21 @@ class Primary:
 
     async def _commit_group(self) -> None:
         composition = Composition(self._replica.state, self.epoch)
-        members: list[tuple[_Queued, Answer]] = []
+        group = _Group()
+        try:
+            self._compose(composition, group)
+            if composition.requests:
+                confirmed = await self._append(composition, group)
+            elif group.refused:
+                confirmed = await self._confirm(group)
+            else:
+                confirmed = True  # all were answered before, durably
+            if confirmed:
+                group.settle()
+        finally:
+            group.fail(Indeterminate("the primary has stopped; send the same request again"))
+
+    def _compose(self, composition: Composition, group: _Group) -> None:
         size_bytes = 0
         while (
             self._queue
@@ -175,21 +227,16 @@ class Primary:
             if queued.reply.done():
                 continue  # its caller gave up before anything was started
             try:
-                members.append((queued, composition.add(queued.call)))
+                group.members.append((queued, composition.add(queued.call)))
+            except Conflict as error:
+                group.refused.append((queued, error))
             except ShoalError as error:
                 queued.reply.set_exception(error)
-                continue
-            size_bytes += queued.size_bytes
-        if composition.operations and not await self._append(composition, members):
-            return
-        for queued, answer in members:
-            if not queued.reply.done():
-                queued.reply.set_result(_reply(answer))
+            else:
+                size_bytes += queued.size_bytes
 
-    async def _append(
-        self, composition: Composition, members: list[tuple[_Queued, Answer]]
-    ) -> bool:
-        """Makes the group durable and visible; False when the epoch is over."""
+    async def _append(self, composition: Composition, group: _Group) -> bool:
+        """Makes the group durable and visible; False when it was told otherwise."""
         replica = self._replica
         state = replica.state
         record = WalRecord(
@@ -207,31 +254,47 @@ class Primary:
         self._settled.clear()
         try:
             other = await replica.wal.append(record, body)
-        except (ShoalError, asyncio.CancelledError) as error:
-            reason = error.message if isinstance(error, ShoalError) else "the primary was stopped"
-            outcome = Unavailable if isinstance(error, Unavailable) else Indeterminate
-            _fail(members, outcome(f"append of slot {record.slot} did not finish: {reason}"))
-            if isinstance(error, Unavailable):
-                return False  # surely not stored: the slot is still ours to fill
+            if other is None and self._ended is None:
+                state.apply(record)
+        except Unavailable as error:
+            # Surely not stored: the slot is still ours to fill.
+            group.fail(Unavailable(f"append of slot {record.slot}: {error.message}"))
+            return False
+        except Indeterminate as error:
+            group.fail(error)
+            raise
+        except ShoalError as error:
+            group.fail(Indeterminate(f"append of slot {record.slot}: {error.message}"))
             raise
         finally:
             self._settled.set()
         if other is not None:
-            _fail(
-                members,
-                Indeterminate(
-                    f"another primary took slot {record.slot} (epoch {other.epoch}); send the same "
-                    "request again to learn whether it was applied"
-                ),
-            )
             self._lose(f"slot {record.slot} was taken by epoch {other.epoch}")
+        if self._ended is not None:
+            # Even if the record is ours and durable: whoever follows the log applies it now.
+            group.fail(
+                Indeterminate(
+                    f"epoch {self.epoch} ended while slot {record.slot} was being written; send "
+                    "the same request again to learn whether it was applied"
+                )
+            )
             return False
-        state.apply(record)
         replica.mark_at_tail(started_s)
         self.appends += 1
         self.operations += len(record.batch)
         self._publisher.record(record.slot, body)
         return True
+
+    async def _confirm(self, group: _Group) -> bool:
+        """Makes sure that the state was the newest, where no append does so; False if it was not."""
+        try:
+            await self._replica.probe()
+        except Unavailable as error:
+            group.fail(error)
+            return False
+        if self._ended is not None:
+            group.fail(NotPrimary(self._ended.message))
+        return self._ended is None
 
     def _lose(self, reason: str) -> None:
         """Ends the epoch: refuses what is queued and lets the replica follow again."""
@@ -264,9 +327,3 @@ def _reply(answer: Answer) -> WriteReply:
         affected=answer.affected,
         more=answer.more,
     )
-
-
-def _fail(members: list[tuple[_Queued, Answer]], error: ShoalError) -> None:
-    for queued, _ in members:
-        if not queued.reply.done():
-            queued.reply.set_exception(error)

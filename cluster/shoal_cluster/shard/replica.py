@@ -11,11 +11,12 @@ that covers it exists, so a slot found empty first, with no newer manifest after
 """
 
 import asyncio
+import contextlib
 from typing import Protocol
 
 import structlog
 
-from shoal_cluster.domain.errors import Conflict, Corrupt, NotFound, Unavailable
+from shoal_cluster.domain.errors import Corrupt, NotFound, ShoalError, Unavailable
 from shoal_cluster.domain.ids import ManifestVersion, ShardNumber, Slot
 from shoal_cluster.domain.keys import ShardKeys
 from shoal_cluster.domain.schema import CollectionSchema
@@ -60,6 +61,7 @@ class Replica:
         self.failure: str | None = None
         self.advancing = asyncio.Lock()
         self._probe: asyncio.Task[None] | None = None
+        self._probes: set[asyncio.Task[None]] = set()
         self._pushed: dict[Slot, bytes] = {}
         self._wake = asyncio.Event()
         self._tail_seen_s = float("-inf")
@@ -68,18 +70,25 @@ class Replica:
     async def load(self) -> None:
         """Loads the newest manifest and the log's tail, then follows.
 
-        Raises: NotFound when the shard was never created; Corrupt naming the object.
+        Raises: NotFound when the shard was never created; Corrupt naming the object; Unavailable
+        when the bucket does not answer.
         """
         if await self.manifests.newest_number() is None:
             raise NotFound(f"{self.keys.prefix} holds no manifest: the shard was never created")
+        async with self.advancing:
+            await self.load_manifest()
         await self.probe()
         self._follower = asyncio.ensure_future(self._follow())
 
     async def close(self) -> None:
+        """Stops following; reads that wait for a probe end as cancelled."""
+        tasks = [*self._probes]
         if self._follower is not None:
-            self._follower.cancel()
-            await asyncio.gather(self._follower, return_exceptions=True)
+            tasks.append(self._follower)
             self._follower = None
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def as_of(self) -> AsOf:
         age_s = self.ports.clock.monotonic_s() - self._tail_seen_s
@@ -99,7 +108,8 @@ class Replica:
             if self.state.position < level.at_least:
                 raise Unavailable(
                     f"shard {self.keys.shard} is at {tuple(self.state.position)}, the session saw "
-                    f"{tuple(level.at_least)}; the token is of another bucket, or the bucket lost data"
+                    f"{tuple(level.at_least)}; the token is of another bucket, or the bucket lost "
+                    "data"
                 )
             return
         await self.probe()
@@ -111,7 +121,8 @@ class Replica:
         """
         if self._probe is None:
             self._probe = asyncio.ensure_future(self._run_probe())
-            self._probe.add_done_callback(_observe)
+            self._probes.add(self._probe)
+            self._probe.add_done_callback(self._observe)
         await asyncio.shield(self._probe)
 
     def offer(self, slot: Slot, body: bytes) -> None:
@@ -149,24 +160,51 @@ class Replica:
             except NotFound as error:
                 _log.info("manifest_load_overtaken", shard=self.keys.shard, reason=error.message)
                 continue
-            self.install(manifest, views)
+            if self.state.can_install(manifest):
+                self.install(manifest, views)
+            else:
+                await self._rebuild(manifest, views)
             return manifest
         raise Unavailable(f"manifests of {self.keys.prefix} change faster than they can be loaded")
 
     async def open_views(self, manifest: Manifest) -> list[SegmentView]:
-        """Opens every segment of a manifest, reusing readers that are open already."""
-        opened = {segment: view.reader for segment, view in self.state.segments.items()}
+        """Opens every segment of a manifest, reusing what is open already.
+
+        Raises: NotFound when a newer manifest has replaced a segment; Corrupt naming the object.
+        """
+        opened = dict(self.state.segments)
         return [
             await self.ports.files.open_view(entry, self.schema, opened.get(entry.id))
             for entry in manifest.segments
         ]
 
     def install(self, manifest: Manifest, views: list[SegmentView]) -> None:
-        """Swaps in a manifest's segments at once; readers see the old state or the new one."""
-        if not self.state.can_install(manifest):
-            # A memtable would be split: rebuild from the manifest and replay what follows it.
-            self.state = ShardState(self.schema)
+        """Swaps in a manifest's segments at once; readers see the old state or the new one.
+
+        Requires state.can_install(manifest). Raises: Corrupt when the rows would change (R-3).
+        """
+        before = set(self.state.segments)
         self.state.install(manifest, views)
+        self.manifest = manifest
+        for segment in before - self.state.segments.keys():
+            self.ports.files.forget(segment)
+
+    async def _rebuild(self, manifest: Manifest, views: list[SegmentView]) -> None:
+        """Installs a manifest whose floor lies inside a memtable: replays what follows it, aside.
+
+        Happens to a primary that froze a memtable and was fenced before its next append: no other
+        replica has cut its memtables there. Readers never see the state go back.
+        """
+        state = ShardState(self.schema)
+        state.install(manifest, views)
+        async for record in self.wal.replay(Slot(state.slot + 1), self.state.slot):
+            state.apply(record)
+        if state.position < self.state.position:
+            raise Unavailable(
+                f"the log of {self.keys.prefix} was collected up to slot {state.slot} and beyond "
+                "while it was replayed; a newer manifest is there to load"
+            )
+        self.state = state
         self.manifest = manifest
 
     def alter(self, schema: CollectionSchema) -> None:
@@ -187,11 +225,13 @@ class Replica:
                 started_s = self.ports.clock.monotonic_s()
                 record = await self._next_record()
                 if record is not None:
+                    if self.leader is None:
+                        self._apply(record)
+                        continue
+                    await self.leader.meet(record)
                     if self.leader is not None:
-                        await self.leader.meet(record)
-                        return
-                    self._apply(record)
-                    continue
+                        return  # our own append: applied, and nobody else's record was there
+                    continue  # fenced: from here on we follow
                 newest = await self.manifests.newest_number()
                 if newest is not None and newest > self.manifest_version and self.leader is None:
                     await self.load_manifest()
@@ -215,24 +255,22 @@ class Replica:
     async def _follow(self) -> None:
         """Probes on every wake and every POLL_S; the only place where a follower meets faults."""
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), POLL_S)
-            except TimeoutError:
-                pass
             self._wake.clear()
             if self.leader is not None:
                 continue
             try:
                 await self.probe()
                 self.failure = None
-            except (Unavailable, Conflict) as error:
+            except ShoalError as error:
+                if self.failure != error.message:
+                    level = _log.warning if isinstance(error, Unavailable) else _log.error
+                    level("replica_stuck", shard=self.keys.shard, reason=error.message)
                 self.failure = error.message
-            except Corrupt as error:
-                self.failure = error.message
-                _log.error("replica_corrupt", shard=self.keys.shard, reason=error.message)
 
-
-def _observe(task: asyncio.Task[None]) -> None:
-    """Marks a probe's error as seen: whoever awaits the probe raises it."""
-    if not task.cancelled():
-        task.exception()
+    def _observe(self, task: asyncio.Task[None]) -> None:
+        """Marks a probe's error as seen: whoever awaits the probe raises it."""
+        self._probes.discard(task)
+        if not task.cancelled():
+            task.exception()

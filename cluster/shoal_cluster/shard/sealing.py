@@ -1,7 +1,7 @@
 """Turns memtables into segments, merges segments, and commits both by manifest.
 
-Seal: (1) between two appends freeze the active memtable at slot f; (2) have a segment built from
-the memtable's slots; (3) write tombstones for older segments that lost rows; (4) commit a manifest
+Seal: (1) between two appends freeze the memtables at slot f; (2) have a segment built from their
+slots; (3) write tombstones for older segments that lost rows; (4) commit a manifest
 with floor f; (5) install it. Compaction: the same without a memtable; rows that died while it ran
 are found again in the merged segment by id.
 
@@ -18,15 +18,17 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 from pyroaring import BitMap
 
 from shoal_cluster.bucket.create import create
 from shoal_cluster.domain import limits
-from shoal_cluster.domain.errors import Conflict, Corrupt, NotPrimary, ShoalError, Unavailable
+from shoal_cluster.domain.errors import Corrupt, NotPrimary, ShoalError, Unavailable
 from shoal_cluster.domain.ids import Epoch, ManifestVersion
 from shoal_cluster.domain.keys import segment_id
 from shoal_cluster.domain.point import SUM_MODULUS
+from shoal_cluster.filtering.bitmaps import from_rows, to_rows
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.segment.deletes import encode_tombstones
 from shoal_cluster.segment.reader import SegmentReader
@@ -37,6 +39,12 @@ from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.state import SealPoint, SegmentView, open_view
 
 _log = structlog.get_logger()
+
+SEAL_SLOTS = 2000
+"""Slots behind the floor past which a seal is due whatever they hold: bounds takeover's replay."""
+
+SEAL_BYTES = limits.MEMTABLE_BYTES_MAX // 4
+"""A memtable of large rows is sealed before it has many: 16 MiB build in half a second."""
 
 _RETRY_S = 0.5
 _RETRY_S_MAX = 10.0
@@ -52,11 +60,14 @@ class Sealer:
         publisher: Publisher,
         *,
         on_lost: Callable[[str], None],
+        on_idle: Callable[[], None],
     ) -> None:
+        """on_lost: the epoch cannot go on, and why. on_idle: a seal ended, another may be due."""
         self._replica = replica
         self._epoch = epoch
         self._publisher = publisher
         self._on_lost = on_lost
+        self._on_idle = on_idle
         self._committing = asyncio.Lock()
         self._seal: asyncio.Task[None] | None = None
         self._compaction: asyncio.Task[None] | None = None
@@ -72,26 +83,28 @@ class Sealer:
         return self._compaction is not None and not self._compaction.done()
 
     def due(self) -> bool:
-        active = self._replica.state.active
+        """Says whether there is enough to seal and nothing in the way."""
+        if self.busy or self._stopped:
+            return False
+        state = self._replica.state
         return (
-            not self.busy
-            and not self._stopped
-            and (
-                active.operations >= limits.SEAL_OPERATIONS
-                or active.size_bytes >= limits.MEMTABLE_BYTES_MAX // 4
-            )
+            state.slot - self._manifest().floor_slot >= SEAL_SLOTS
+            or sum(memtable.operations for memtable in state.memtables) >= limits.SEAL_OPERATIONS
+            or sum(memtable.size_bytes for memtable in state.memtables) >= SEAL_BYTES
         )
 
     def start(self) -> None:
-        """Freezes the active memtable and seals it in the background. Call between appends."""
+        """Freezes the memtables and seals them in the background. Call between appends."""
         point = self._replica.state.rotate()
         self._seal = asyncio.ensure_future(self._guard(self._run_seal(point)))
+        self._seal.add_done_callback(lambda _: self._on_idle())
 
     def stop(self) -> None:
         """Stops without waiting; nothing is committed from here on."""
         self._stopped = True
         for task in (self._seal, self._compaction):
-            if task is not None and task is not _current_task():
+            # Not the task that found out that the epoch is over: it is on its way out.
+            if task is not None and task is not asyncio.current_task():
                 task.cancel()
 
     async def close(self) -> None:
@@ -114,7 +127,7 @@ class Sealer:
             shard=keys.shard,
             cluster_uuid=self._replica.ports.cluster_uuid,
             segment=segment_id(self._epoch, 0, ""),
-            wal_first=point.memtable.start_slot,
+            wal_first=point.first_slot,
             wal_last=point.floor_slot,
         )
         entry = await self._build(order)
@@ -133,28 +146,25 @@ class Sealer:
     def _maybe_compact(self) -> None:
         if self._stopped or self.compacting:
             return
-        manifest = self._manifest()
-        sources = plan_compaction(manifest.segments)
-        if sources:
+        chosen = plan_compaction(self._manifest().segments)
+        if chosen:
+            segments = self._replica.state.segments
+            sources = tuple(segments[source.id] for source in chosen)
             self._compaction = asyncio.ensure_future(self._guard(self._run_compaction(sources)))
 
-    async def _run_compaction(self, sources: tuple[SegmentEntry, ...]) -> None:
+    async def _run_compaction(self, sources: tuple[SegmentView, ...]) -> None:
+        """Merges segments; sources: as they are in the present manifest."""
         order = BuildOrder(
             schema=self._replica.schema,
             shard=self._replica.keys.shard,
             cluster_uuid=self._replica.ports.cluster_uuid,
             segment=segment_id(self._epoch, 0, ""),
-            sources=sources,
+            sources=tuple(source.entry for source in sources),
         )
-        dead_before = {
-            source.id: self._replica.state.segments[source.id].sealed_dead for source in sources
-        }
-        if any(len(dead_before[source.id]) != source.dead for source in sources):
-            raise Conflict("segments changed while a compaction was being planned")
         entry = await self._build(order)
         reader = await self._open(entry)
         async with self._committing:
-            await self._commit_compaction(sources, dead_before, entry, reader)
+            await self._commit_compaction(sources, entry, reader)
         _log.info(
             "segments_compacted",
             shard=self._replica.keys.shard,
@@ -193,9 +203,10 @@ class Sealer:
         self, point: SealPoint, entry: SegmentEntry | None, reader: SegmentReader | None
     ) -> None:
         views = []
-        for view in self._replica.state.segments.values():
-            killed = point.memtable.killed_rows(view.entry.id)
-            views.append(await self._bury(view, killed.tolist()))
+        # A copy: writes go on meanwhile and replace views, though never what is sealed in them.
+        for view in tuple(self._replica.state.segments.values()):
+            killed = [memtable.killed_rows(view.entry.id) for memtable in point.memtables]
+            views.append(await self._bury(view, np.concatenate(killed)))
         if entry is not None and reader is not None:
             views.append(open_view(entry, reader, BitMap()))
         parent = self._manifest()
@@ -204,6 +215,7 @@ class Sealer:
             floor_slot=point.floor_slot,
             floor_epoch=point.floor_epoch,
             floor_seq=point.floor_seq,
+            floor_put_id=point.floor_put_id,
             dedup=point.dedup,
         )
         if child.sum != point.sum:
@@ -215,41 +227,39 @@ class Sealer:
 
     async def _commit_compaction(
         self,
-        sources: tuple[SegmentEntry, ...],
-        dead_before: dict[str, BitMap],
+        sources: tuple[SegmentView, ...],
         entry: SegmentEntry | None,
         reader: SegmentReader | None,
     ) -> None:
-        merged = {source.id for source in sources}
+        dead_before = {source.entry.id: source.sealed_dead for source in sources}
         died: list[bytes] = []
         views = []
-        for view in self._replica.state.segments.values():
-            if view.entry.id in merged:
-                rows = view.sealed_dead - dead_before[view.entry.id]
-                died.extend(view.reader.id_of(row) for row in rows)
+        for view in tuple(self._replica.state.segments.values()):
+            before = dead_before.get(view.entry.id)
+            if before is None:
+                views.append(open_view(view.entry, view.reader, view.sealed_dead))
             else:
-                views.append(view)
+                died += view.reader.ids_of(to_rows(view.sealed_dead - before))
         if entry is not None and reader is not None:
-            rows = reader.lookup(died) if died else np.empty(0, dtype=np.int64)
-            views.append(
-                await self._bury(open_view(entry, reader, BitMap()), rows[rows >= 0].tolist())
-            )
+            # Each was live when the build began, so the merged segment has every one of them.
+            rows = reader.lookup(died)
+            views.append(await self._bury(open_view(entry, reader, BitMap()), rows))
         parent = self._manifest()
         child = self._child(parent, views)
         if child.sum != parent.sum:
             raise Corrupt(
-                f"compaction of {sorted(merged)} changed the live rows' sum from {parent.sum:016x} "
+                f"compaction of {sorted(dead_before)} changed the live rows' sum from {parent.sum:016x} "
                 f"to {child.sum:016x} (M-1); nothing was committed"
             )
         await self._commit(parent, child, views)
 
-    async def _bury(self, view: SegmentView, rows: list[int]) -> SegmentView:
+    async def _bury(self, view: SegmentView, rows: npt.NDArray[np.int64]) -> SegmentView:
         """Returns the view with `rows` dead for good, their tombstones stored."""
-        dead = view.sealed_dead | BitMap(rows)
-        if len(dead) == len(view.sealed_dead):
-            return open_view(view.entry, view.reader, dead)
-        added = np.array(list(dead - view.sealed_dead), dtype=np.int64)
-        removed = int(view.reader.row_hashes[added].sum(dtype=np.uint64))
+        added = from_rows(rows.astype(np.uint32)) - view.sealed_dead
+        if not added:
+            return open_view(view.entry, view.reader, view.sealed_dead)
+        dead = view.sealed_dead | added
+        removed = int(view.reader.row_hashes[to_rows(added)].sum(dtype=np.uint64))
         entry = replace(
             view.entry,
             tombstones=await self._store_tombstones(view.entry, dead),
@@ -298,9 +308,3 @@ class Sealer:
         self._replica.install(child, views)
         self._publisher.manifest()
 
-
-def _current_task() -> "asyncio.Task[object] | None":
-    try:
-        return asyncio.current_task()
-    except RuntimeError:
-        return None

@@ -5,12 +5,13 @@ states at one position are equal; `sum` (the set checksum of live rows) tells wh
 Pure: no I/O, no clock. Written only by the shard's event loop; readers take a `Snapshot`.
 
 Invariants:
-R-1 a record is applied only at slot `slot + 1`.
+R-1 a record is applied only if it follows the one before: slot, sequence number, epoch, chain.
 R-2 at most one live row an id over all segments and memtables.
 R-3 installing a manifest does not change `sum` at an unchanged position.
+R-4 the first memtable starts right behind the newest installed manifest's floor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +29,7 @@ from shoal_cluster.segment.deletes import alive_bits
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.shard.dedup import Answer, Dedup
 from shoal_cluster.shard.memtable import Memtable, MemtableView
-from shoal_cluster.wal.record import OperationBatch, RecordKind, WalRecord
+from shoal_cluster.wal.record import FIRST_PUT_ID, RecordKind, WalRecord
 
 _LOOKUP_ONE_MAX = 4
 """Up to here single lookups are cheaper than the vectorised one (numpy's fixed cost a call)."""
@@ -62,6 +63,7 @@ class SegmentView:
         """Returns the view with live, distinct rows marked dead; the old view is untouched."""
         count = self.reader.rows
         alive = alive_bits(count, BitMap()) if self.alive is None else self.alive.copy()
+        # `at`, because several rows may share a byte.
         np.bitwise_and.at(alive, rows >> 3, (~(1 << (rows & 7)) & 0xFF).astype(np.uint8))
         return replace(self, alive=alive, live=self.live - len(rows))
 
@@ -80,12 +82,17 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SealPoint:
-    """The state at the end of a frozen memtable: what its manifest will say of the position."""
+    """The state at the end of the frozen memtables: what their manifest will say of the position.
 
-    memtable: Memtable
+    first_slot: where the first of them starts; together they cover first_slot..floor_slot.
+    """
+
+    memtables: tuple[Memtable, ...]
+    first_slot: Slot
     floor_slot: Slot
     floor_epoch: Epoch
     floor_seq: Seq
+    floor_put_id: bytes
     dedup: list[Any]
     sum: int
 
@@ -112,7 +119,7 @@ class ShardState:
         self.sum = 0
         self.live = 0
         self.dedup = Dedup()
-        self.last_put_id = bytes(16)
+        self.last_put_id = FIRST_PUT_ID
         self.segments: dict[SegmentId, SegmentView] = {}
         self.memtables: list[Memtable] = [Memtable(schema, Slot(1))]
         self._snapshot: Snapshot | None = None
@@ -146,12 +153,15 @@ class ShardState:
     def apply(self, record: WalRecord) -> None:
         """Applies the next record. Total: any record that was appended can be applied.
 
-        Raises: Corrupt when the record does not follow (R-1): the log or the caller is broken.
+        Raises: Corrupt when the record does not follow (R-1): the log or the caller is broken;
+        nothing was applied.
         """
-        if record.slot != self.slot + 1 or record.first_seq != self.seq + 1:
+        found = (record.slot, record.first_seq, record.prev_put_id)
+        if found != (self.slot + 1, self.seq + 1, self.last_put_id) or record.epoch < self.epoch:
             raise Corrupt(
-                f"record of slot {record.slot}, seq {record.first_seq} does not follow slot "
-                f"{self.slot}, seq {self.seq} (R-1)"
+                f"record of slot {record.slot}, seq {record.first_seq}, epoch {record.epoch}, after "
+                f"put {record.prev_put_id.hex()} does not follow slot {self.slot}, seq {self.seq}, "
+                f"epoch {self.epoch}, put {self.last_put_id.hex()} (R-1)"
             )
         if record.memtable_start == record.slot and self.active.start_slot != record.slot:
             self._start_memtable(record.slot)
@@ -163,13 +173,17 @@ class ShardState:
         self._snapshot = None
 
     def rotate(self) -> SealPoint:
-        """Freezes the active memtable at the current slot and returns what sealing it needs."""
-        frozen = self.active
+        """Freezes all memtables at the current slot and returns what sealing them needs.
+
+        More than one is there when a primary died after it froze one and before it sealed it.
+        """
         point = SealPoint(
-            memtable=frozen,
+            memtables=tuple(self.memtables),
+            first_slot=self.memtables[0].start_slot,
             floor_slot=self.slot,
             floor_epoch=self.epoch,
             floor_seq=self.seq,
+            floor_put_id=self.last_put_id,
             dedup=self.dedup.snapshot(),
             sum=self.sum,
         )
@@ -189,34 +203,44 @@ class ShardState:
         views: `open_view` of each of its segments. Requires can_install(manifest). Operations after
         the floor are kept and their kills worked out again on the new segments.
 
-        Raises: Corrupt when the live rows' checksum changed though the position did not (R-3).
+        Raises: Corrupt when the live rows' checksum would change though the position does not
+        (R-3); nothing was changed.
         """
-        before = (self.slot, self.sum)
-        self.segments = {view.entry.id: view for view in views}
+        assert self.can_install(manifest), f"floor {manifest.floor_slot} would split a memtable"
+        ahead = manifest.floor_slot > self.slot
         kept = [
             memtable for memtable in self.memtables if memtable.start_slot > manifest.floor_slot
         ]
-        if manifest.floor_slot > self.slot:
+        segments = {view.entry.id: view for view in views}
+        live = sum(segment.live for segment in manifest.segments)
+        total = manifest.sum
+        kills: list[_Kills] = []
+        for memtable in kept:
+            found = _find_live(segments, memtable.touched())
+            for segment, rows in found.items():
+                segments[segment] = segments[segment].without(rows)
+            kills.append(found)
+            total += memtable.live_sum() - _sum_of(segments, found)
+            live += memtable.live - sum(map(len, found.values()))
+        total %= SUM_MODULUS
+        if not ahead and total != self.sum:
+            raise Corrupt(
+                f"manifest {manifest.version} would change the live rows at slot {self.slot}: "
+                f"checksum {self.sum:016x} would become {total:016x} (R-3)"
+            )
+        if ahead:
             self.slot = manifest.floor_slot
             self.epoch = manifest.floor_epoch
             self.seq = manifest.floor_seq
+            self.last_put_id = manifest.floor_put_id
             self.dedup = Dedup.restore(manifest.dedup)
-            self.last_put_id = bytes(16)
+        self.segments = segments
         self.memtables = kept or [Memtable(self.schema, Slot(self.slot + 1))]
-        self.sum = manifest.sum
-        self.live = sum(segment.live for segment in manifest.segments)
-        for memtable in self.memtables:
-            memtable.kills.clear()
-            self._kill_in_segments(memtable.touched(), memtable)
-            self.live += memtable.live
-            self.sum += sum(memtable.hashes[row] for row in memtable.view().live_rows())
-        self.sum %= SUM_MODULUS
+        for memtable, found in zip(kept, kills, strict=True):
+            memtable.replace_segment_kills(found)
+        self.sum = total
+        self.live = live
         self._snapshot = None
-        if before[0] == self.slot and before[1] != self.sum:
-            raise Corrupt(
-                f"manifest {manifest.version} changed the live rows at slot {self.slot}: checksum "
-                f"{before[1]:016x} became {self.sum:016x} (R-3)"
-            )
 
     def alter(self, schema: CollectionSchema) -> None:
         """Takes newly declared attributes: the memtables' columns are built again."""
@@ -224,9 +248,6 @@ class ShardState:
         for memtable in self.memtables:
             memtable.redeclare(schema)
         self._snapshot = None
-
-    def exists(self, point_id: bytes) -> bool:
-        return self.locate(point_id) is not None
 
     def locate(self, point_id: bytes) -> "RowPlace | None":
         """Returns where the live row of an id is, or None."""
@@ -300,16 +321,12 @@ class ShardState:
 
     def _kill_in_segments(self, ids: Sequence[bytes], memtable: Memtable) -> None:
         """Marks the segments' live rows of `ids` dead and notes them as the memtable's doing."""
-        for segment_id, view in self.segments.items():
-            rows = _lookup(view.reader, ids)
-            rows = view.alive_among(np.unique(rows[rows >= 0]))
-            if not len(rows):
-                continue
-            self.segments[segment_id] = view.without(rows)
-            memtable.note_segment_kills(segment_id, rows)
+        found = _find_live(self.segments, ids)
+        for segment, rows in found.items():
+            self.segments[segment] = self.segments[segment].without(rows)
+            memtable.note_segment_kills(segment, rows)
             self.live -= len(rows)
-            removed = int(view.reader.row_hashes[rows].sum(dtype=np.uint64))
-            self.sum = (self.sum - removed) % SUM_MODULUS
+        self.sum = (self.sum - _sum_of(self.segments, found)) % SUM_MODULUS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -343,18 +360,31 @@ class RowPlace:
         return self.segment.reader.vector(self.row)
 
 
+_Kills = Mapping[SegmentId, npt.NDArray[np.int64]]
+"""Distinct rows by segment."""
+
+
+def _find_live(segments: Mapping[SegmentId, SegmentView], ids: Sequence[bytes]) -> _Kills:
+    """Returns where the live rows of `ids` are; segments without any are left out."""
+    found = {}
+    for segment, view in segments.items():
+        rows = _lookup(view.reader, ids)
+        rows = view.alive_among(np.unique(rows[rows >= 0]))
+        if len(rows):
+            found[segment] = rows
+    return found
+
+
+def _sum_of(segments: Mapping[SegmentId, SegmentView], rows_of: _Kills) -> int:
+    """Returns the sum of the rows' hashes."""
+    return sum(
+        int(segments[segment].reader.row_hashes[rows].sum(dtype=np.uint64))
+        for segment, rows in rows_of.items()
+    )
+
+
 def _lookup(reader: SegmentReader, ids: Sequence[bytes]) -> npt.NDArray[np.int64]:
     if len(ids) <= _LOOKUP_ONE_MAX:
         return np.array([reader.lookup_one(point_id) for point_id in ids], dtype=np.int64)
     return reader.lookup(ids)
 
-
-def empty_batch(dimension: int) -> OperationBatch:
-    """Returns a batch without operations."""
-    return OperationBatch(
-        requests=(),
-        ids=(),
-        upserts=b"",
-        vectors=np.empty((0, dimension), dtype=np.float32),
-        tails=(),
-    )

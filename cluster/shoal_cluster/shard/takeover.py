@@ -40,7 +40,7 @@ async def take_over(replica: Replica) -> Epoch:
     newest = await replica.manifests.newest()
     if newest is None or newest.epoch != epoch or newest.floor_slot >= fence_slot:
         raise Conflict(
-            f"shard {replica.keys.shard}: epoch {epoch} was overtaken between its claim and its fence"
+            f"shard {replica.keys.shard}: epoch {epoch} was overtaken between claim and fence"
         )
     replica.manifest = newest
     await replica.wal.make_durable()
@@ -62,10 +62,11 @@ async def _claim_epoch(replica: Replica) -> Epoch:
     )
     if not await replica.manifests.commit(manifest, claim):
         raise Conflict(f"shard {replica.keys.shard}: somebody else is claiming epoch {epoch}")
-    if replica.manifest is None or claim.floor_slot > replica.manifest.floor_slot:
-        await replica.load_manifest()
-    elif replica.manifest.version != claim.version:
-        replica.install(claim, await replica.open_views(claim))
+    loaded = await replica.load_manifest()
+    if loaded.epoch != epoch:
+        raise Conflict(
+            f"shard {replica.keys.shard}: epoch {loaded.epoch} was claimed right after {epoch}"
+        )
     return epoch
 
 
@@ -94,6 +95,6 @@ async def _fence(replica: Replica, epoch: Epoch) -> Slot:
 def _apply_or_yield(replica: Replica, record: WalRecord, epoch: Epoch) -> None:
     if record.epoch > epoch:
         raise Conflict(
-            f"shard {replica.keys.shard}: epoch {record.epoch} has fenced the log before {epoch} did"
+            f"shard {replica.keys.shard}: epoch {record.epoch} fenced the log before {epoch} did"
         )
     replica.state.apply(record)

@@ -6,7 +6,7 @@ its predecessor's; W-3 epochs never go back along the log; W-4 prev_put_id names
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from shoal_cluster.bucket.create import create
 from shoal_cluster.bucket.envelope import put_id_of
@@ -17,13 +17,12 @@ from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import Slot
 from shoal_cluster.domain.keys import ShardKeys
 from shoal_cluster.wal.record import (
+    FIRST_PUT_ID,
     WalIdentity,
     WalRecord,
     decode_record,
     encode_record,
 )
-
-NO_PUT_ID = bytes(16)
 
 
 class Wal:
@@ -53,18 +52,23 @@ class Wal:
     def encode(self, record: WalRecord) -> bytes:
         return encode_record(record, self.identity)
 
-    async def replay(self, first: Slot) -> AsyncIterator[WalRecord]:
-        """Yields records from `first` in order, up to the first empty slot.
+    async def replay(self, first: Slot, last: Slot | None = None) -> AsyncGenerator[WalRecord]:
+        """Yields records from `first` in order, up to the first empty slot or to `last`.
 
-        Reads ahead WAL_REPLAY_WINDOW slots; a record is yielded only after its predecessors.
+        Reads ahead WAL_REPLAY_WINDOW slots; a record is yielded only after its predecessors. An
+        empty slot was empty when it was read, which may be before its predecessor was yielded.
+
+        Raises: as `read`, after everything before the failing slot was yielded.
         """
         window: deque[asyncio.Task[WalRecord | None]] = deque()
         slot = first
         try:
             while True:
-                while len(window) < limits.WAL_REPLAY_WINDOW:
+                while len(window) < limits.WAL_REPLAY_WINDOW and (last is None or slot <= last):
                     window.append(asyncio.ensure_future(self.read(slot)))
                     slot = Slot(slot + 1)
+                if not window:
+                    return
                 record = await window.popleft()
                 if record is None:
                     return
@@ -81,6 +85,8 @@ class Wal:
         be called for slot n + 1 while slot n is unresolved.
         """
         key = self._keys.slot(record.slot)
+        # Repeats itself for ever while the put is in doubt: giving up would mean stepping down,
+        # and the callers wait no longer than their own deadlines anyway.
         other = await create(
             self._store,
             key,
@@ -98,20 +104,23 @@ class Wal:
 
 
 def check_follows(previous: WalRecord | None, record: WalRecord) -> None:
-    """Checks W-1 to W-4 between two neighbours; previous None: its predecessor was collected.
+    """Checks W-1 to W-4 between two neighbours; previous None: the record should be the first.
 
     Raises: Corrupt naming the slot and the invariant.
     """
-    if previous is None:
-        return
     broken = None
-    if record.slot != previous.slot + 1:
+    if previous is None:
+        if record.slot != 1 or record.first_seq != 1:
+            broken = f"W-1: slot {record.slot}, seq {record.first_seq} starts the log"
+        elif record.prev_put_id != FIRST_PUT_ID:
+            broken = "W-4: the first record names a predecessor"
+    elif record.slot != previous.slot + 1:
         broken = f"W-1: slot {record.slot} follows {previous.slot}"
     elif record.first_seq != previous.first_seq + len(previous.batch):
         broken = f"W-2: seq {record.first_seq} follows {previous.last_seq}"
     elif record.epoch < previous.epoch:
         broken = f"W-3: epoch {record.epoch} follows {previous.epoch}"
-    elif record.prev_put_id not in (previous.put_id, NO_PUT_ID):
+    elif record.prev_put_id != previous.put_id:
         broken = "W-4: prev_put_id does not name the record before"
     if broken is not None:
         raise Corrupt(f"the write-ahead log is broken at slot {record.slot} ({broken})")

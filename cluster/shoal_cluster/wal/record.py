@@ -7,9 +7,9 @@ the append (shard/primary.py).
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
@@ -18,6 +18,10 @@ from shoal_cluster.bucket.envelope import EnvelopeKind, decode, encode
 from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.point import Vectors
+
+
+FIRST_PUT_ID = bytes(16)
+"""What slot 1 names as its predecessor."""
 
 
 class RecordKind(enum.Enum):
@@ -62,17 +66,15 @@ def _empty_vectors() -> Vectors:
     return np.empty((0, 0), dtype=np.float32)
 
 
-EMPTY_BATCH = OperationBatch(
-    requests=(), ids=(), upserts=b"", vectors=_empty_vectors(), tails=()
-)
+EMPTY_BATCH = OperationBatch(requests=(), ids=(), upserts=b"", vectors=_empty_vectors(), tails=())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WalRecord:
     """A decoded WAL object.
 
-    prev_put_id: of the object in the slot before, so that the log is a chain (16 zero bytes when
-    that object was already collected or never was). first_seq: of the batch's first operation; on
+    prev_put_id: of the object in the slot before, so that the log is a chain (FIRST_PUT_ID in slot
+    1). first_seq: of the batch's first operation; on
     a fence, the next sequence number to be given out. memtable_start: the first slot of the
     memtable this record belongs to, so that every replica cuts its memtables alike.
     """
@@ -124,7 +126,7 @@ def encode_record(record: WalRecord, identity: WalIdentity) -> bytes:
             batch.ids,
             batch.upserts,
             batch.vectors.shape[1],
-            memoryview(batch.vectors).cast("B") if batch.vectors.size else b"",
+            batch.vectors.data.cast("B") if batch.vectors.size else b"",
             batch.tails,
         ]
     )
@@ -132,35 +134,37 @@ def encode_record(record: WalRecord, identity: WalIdentity) -> bytes:
 
 
 def decode_record(body: bytes | memoryview, identity: WalIdentity, *, key: str) -> WalRecord:
-    """Reverses `encode_record`; the vectors stay a view of `body`.
+    """Reverses `encode_record`; the result shares no memory with `body`.
 
-    Raises: Corrupt naming `key`, when the checksum fails or the record belongs elsewhere.
+    Raises: Corrupt naming `key`, when the checksum fails or the record belongs elsewhere; Conflict
+    when a newer Shoal wrote it.
     """
     envelope = decode(body, EnvelopeKind.WAL, key=key)
-    header = envelope.header
+    try:
+        record = _decode_fields(envelope.header, envelope.payload, identity, key)
+    except (KeyError, ValueError, TypeError, msgpack.UnpackException) as error:
+        raise Corrupt(f"object {key} lacks or contradicts itself in {error}") from error
+    return record
+
+
+def _decode_fields(
+    header: Mapping[str, Any], payload: memoryview, identity: WalIdentity, key: str
+) -> WalRecord:
     belongs = (header["cluster"], header["collection"], header["shard"])
     if belongs != (identity.cluster_uuid, identity.collection, identity.shard):
         raise Corrupt(
-            f"{key} belongs to shard {belongs[2]} of collection {belongs[1]} of another place; "
-            "it was copied or misplaced"
+            f"object {key} belongs to shard {belongs[2]} of collection {belongs[1]} of cluster "
+            f"{bytes(belongs[0]).hex()}; it was copied or misplaced"
         )
     if not key.endswith(f"/{header['slot']:020d}"):
-        raise Corrupt(f"{key} says it is slot {header['slot']}; it was copied or misplaced")
+        raise Corrupt(f"object {key} says it is slot {header['slot']}; it was copied or misplaced")
     kind = RecordKind(header["kind"])
     batch = EMPTY_BATCH
     if kind is RecordKind.DATA:
-        marks, ids, upserts, dimension, vectors, tails = msgpack.unpackb(
-            envelope.payload, use_list=True, max_bin_len=len(body), max_array_len=len(body)
-        )
-        batch = OperationBatch(
-            requests=tuple(RequestMark(*mark) for mark in marks),
-            ids=ids,
-            upserts=upserts,
-            vectors=np.frombuffer(vectors, dtype=np.float32).reshape(len(tails), dimension),
-            tails=tails,
-        )
-        if len(ids) != header["count"] or len(upserts) != len(ids) or sum(upserts) != len(tails):
-            raise Corrupt(f"{key} contradicts itself: header and payload count different rows")
+        batch = _decode_batch(payload)
+    counts = (len(batch.ids), len(batch.upserts), sum(batch.upserts))
+    if counts != (header["count"], header["count"], len(batch.tails)):
+        raise Corrupt(f"object {key} contradicts itself: header and payload count different rows")
     return WalRecord(
         slot=header["slot"],
         epoch=header["epoch"],
@@ -170,4 +174,16 @@ def decode_record(body: bytes | memoryview, identity: WalIdentity, *, key: str) 
         first_seq=header["first_seq"],
         memtable_start=header["memtable_start"],
         batch=batch,
+    )
+
+
+def _decode_batch(payload: memoryview) -> OperationBatch:
+    # msgpack copies what it unpacks into new bytes objects, which are aligned for float32.
+    marks, ids, upserts, dimension, vectors, tails = msgpack.unpackb(payload)
+    return OperationBatch(
+        requests=tuple(RequestMark(*mark) for mark in marks),
+        ids=ids,
+        upserts=upserts,
+        vectors=np.frombuffer(vectors, dtype=np.float32).reshape(len(tails), dimension),
+        tails=tails,
     )

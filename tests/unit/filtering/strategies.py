@@ -91,3 +91,43 @@ def cases(draw: st.DrawFn, *, rows_max: int = 30) -> Case:
         rows=draw(rows_of(stored, rows_max=rows_max)),
         expression=draw(expressions(attributes)),
     )
+
+
+def every_leaf(name: str, kind: AttributeType) -> list[Expression]:
+    """Returns every condition on every value of the pools: the borders that chance may miss."""
+    if kind is AttributeType.KEYWORD_LIST:
+        pairs = [(a, b) for a in KEYWORDS for b in KEYWORDS]
+        return [Exists(name), *(make(name, pair) for pair in pairs for make in (AnyOf, AllOf))]
+    asked = list(Operator) if kind in NUMBER_TYPES else list(EQUALITY)
+    values = EVERY[kind]
+    ranges = [
+        And((Comparison(name, Operator.GT, low), Comparison(name, Operator.LE, high)))
+        for low in values
+        for high in values
+        if kind in NUMBER_TYPES
+    ]
+    return [
+        Exists(name),
+        *(Comparison(name, each, value) for each in asked for value in values),
+        *(In(name, (low, high)) for low in values for high in values),
+        *ranges,
+    ]
+
+
+EVERY: Mapping[AttributeType, list[Scalar]] = {
+    AttributeType.KEYWORD: [*KEYWORDS],
+    AttributeType.INT: [*INTS],
+    AttributeType.TIMESTAMP: [*INTS],
+    AttributeType.FLOAT: [*FLOATS],
+    AttributeType.BOOL: [False, True],
+}
+
+
+def every_row(name: str, kind: AttributeType) -> list[Row]:
+    """Returns a row for every value of the pools, and one without the attribute."""
+    if kind is AttributeType.KEYWORD_LIST:
+        lists = [[], *([word] for word in KEYWORDS), KEYWORDS[:3], KEYWORDS]
+        filled: list[Row] = [{name: words} for words in lists]
+    else:
+        filled = [{name: value} for value in EVERY[kind]]
+    return [{}, *filled]

@@ -28,7 +28,7 @@ from shoal_cluster.filtering.expression import (
 from shoal_cluster.filtering.memory_columns import MemoryColumns
 from shoal_cluster.filtering.stored_columns import BitmapCache
 from shoal_cluster.filtering.validation import validate
-from tests.unit.filtering.strategies import KEYWORDS, Case, Row, cases
+from tests.unit.filtering.strategies import KEYWORDS, Case, Row, cases, every_leaf, every_row
 
 EQ, NE, LT, GE = Operator.EQ, Operator.NE, Operator.LT, Operator.GE
 
@@ -62,6 +62,21 @@ def test_both_indexes_agree_with_the_row_wise_meaning(case: Case) -> None:
     # Again, from the cache, which the first answers' owners must not be able to change.
     stored.evaluate(expression).clear()
     assert list(stored.evaluate(expression)) == wanted
+
+
+@pytest.mark.parametrize("kind", list(AttributeType))
+@pytest.mark.parametrize("sparse", [False, True])
+def test_every_condition_holds_at_every_border(kind: AttributeType, sparse: bool) -> None:
+    """sparse: under a quarter of the rows have a value, which number columns store differently."""
+    attributes = {"a": kind}
+    rows = every_row("a", kind) + [{}] * (100 if sparse else 0)
+    stored, memory = opened(rows, attributes), appended(rows, attributes)
+    for leaf in every_leaf("a", kind):
+        wanted = expected(rows, validate(leaf, attributes))
+        assert list(stored.evaluate(leaf)) == wanted
+        assert list(memory.evaluate(leaf)) == wanted
+        among = And((Exists("a"), Not(leaf)))
+        assert list(stored.evaluate(among)) == expected(rows, among)
 
 
 @settings(max_examples=80, deadline=None)

@@ -149,7 +149,7 @@ def test_canonical_form_has_column_types_and_sorted_values() -> None:
     assert validate(AnyOf("tags", ("b", "a", "b")), ATTRIBUTES) == AnyOf("tags", ("a", "b"))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases(rows_max=0))
 def test_wire_form_round_trips_and_validation_is_idempotent(case: Case) -> None:
     packed = msgpack.packb(to_wire(case.expression))
@@ -213,7 +213,7 @@ def test_any_other_wire_form_fails_as_invalid_request(wire: object) -> None:
 ROUTED = {"section": AttributeType.KEYWORD, "other": AttributeType.KEYWORD}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_matching_rows_have_one_of_the_pinned_values(data: st.DataObject) -> None:
     """Invariant F-4, under every nesting of and, or and not."""

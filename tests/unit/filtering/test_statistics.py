@@ -22,12 +22,12 @@ from shoal_cluster.filtering.expression import (
 )
 from shoal_cluster.filtering.statistics import DISTINCT_VALUES_MAX, rule_out
 from shoal_cluster.filtering.validation import validate
-from tests.unit.filtering.strategies import Case, Row, cases
+from tests.unit.filtering.strategies import Case, Row, cases, every_leaf, every_row
 
 EQ, NE, LT, LE, GT, GE = list(Operator)
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(cases(rows_max=4))
 def test_segment_with_a_matching_row_is_never_ruled_out(case: Case) -> None:
     """Few rows, so that most filters come near to ruling the segment out."""
@@ -38,6 +38,23 @@ def test_segment_with_a_matching_row_is_never_ruled_out(case: Case) -> None:
     for asked in (expression, Not(expression)):
         if any(matches(asked, row) for row in case.rows):
             assert rule_out(asked, stats, len(case.rows)) is None
+
+
+@pytest.mark.parametrize("kind", list(AttributeType))
+def test_every_condition_is_judged_soundly_at_every_border(kind: AttributeType) -> None:
+    """Over all segments of one or two rows; one of one row is judged exactly, too."""
+    rows = every_row("a", kind)
+    asked = [(leaf, [matches(leaf, row) for row in rows]) for leaf in every_leaf("a", kind)]
+    for i in range(len(rows)):
+        for j in range(i, len(rows)):
+            stats = statistics.build([rows[i], rows[j]], {"a": kind})
+            for leaf, holds in asked:
+                if holds[i] or holds[j]:
+                    assert rule_out(leaf, stats, 2) is None
+                elif i == j and not isinstance(leaf, And):
+                    assert rule_out(leaf, stats, 2) is not None
+                if not (holds[i] and holds[j]):
+                    assert rule_out(Not(leaf), stats, 2) is None
 
 
 ATTRIBUTES = {

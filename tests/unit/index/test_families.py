@@ -119,7 +119,9 @@ def test_codes_survive_their_file() -> None:
     assert np.array_equal(before[1], after[1])
 
 
-@pytest.mark.parametrize("damage", ["short", "magic", "other rows", "other metric", "cut"])
+@pytest.mark.parametrize(
+    "damage", ["short", "magic", "flipped", "other rows", "other metric", "cut"]
+)
 def test_wrong_codes_are_refused(damage: str) -> None:
     vectors = clustered_vectors(ROWS, 16, seed=12)
     contents = np.concatenate(encode_codes(train_fast_scan(vectors, Metric.L2, 1), 16))
@@ -128,6 +130,8 @@ def test_wrong_codes_are_refused(damage: str) -> None:
         contents = contents[:20]
     elif damage == "magic":
         contents[0] ^= 1
+    elif damage == "flipped":
+        contents[200] ^= 1
     elif damage == "other rows":
         vectors = vectors[:-1]
     elif damage == "other metric":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from shoal_cluster.domain.errors import (
     Conflict,
+    Internal,
     InvalidRequest,
     Outcome,
     Overloaded,
@@ -125,6 +127,26 @@ def test_a_listener_that_cannot_prove_itself_is_unauthenticated(place: Place) ->
         served.stop()
 
     place.run(main())
+
+
+def test_a_listener_of_another_version_is_named_too() -> None:
+    caller = handshake.CallerHandshake(SECRET, name="n", nonce=b"a" * 32)
+    with pytest.raises(Conflict, match="the caller speaks 1, the listener 2"):
+        caller.receive(Frame(FrameType.HELLO, 0, [2, b"b" * 32], memoryview(b"")))
+
+
+@pytest.mark.parametrize("header", [None, 7, {}, {"kind": "conflict", "outcome": "perhaps"}])
+def test_an_error_that_cannot_be_read_is_still_an_error(memory: Place, header: object) -> None:
+    class Refuser(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            transport.write(frame_bytes(FrameType.ERROR, 0, header))  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        await memory.network.serve(memory.address, Refuser)
+        with pytest.raises(Internal):
+            await memory.connect(memory.address)
+
+    memory.run(main())
 
 
 def test_the_secret_and_its_proof_cannot_be_replayed_or_reflected() -> None:
@@ -347,9 +369,7 @@ def test_garbage_from_a_listener_never_harms_the_caller(garbage: bytes, welcomed
     assert broken == []
 
 
-def test_a_peer_that_does_not_read_costs_bounded_memory(
-    sockets: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peer_that_does_not_read_costs_bounded_memory(sockets: Place) -> None:
     """A caller sends 400 requests for 1 MiB each and reads nothing: few are served at first."""
 
     async def main() -> None:
@@ -479,8 +499,6 @@ def test_a_socket_file_left_by_a_killed_process_is_taken_over(directory: Path) -
     path = directory / "a.sock"
 
     async def main() -> None:
-        import socket
-
         left = socket.socket(socket.AF_UNIX)
         left.bind(str(path))
         left.close()

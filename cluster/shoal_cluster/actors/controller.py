@@ -1,0 +1,301 @@
+"""The Controller actor: runs the control loop, and keeps the other actors in existence.
+
+Everything it knows it reads again after a restart: the catalog from the bucket, the actors by name
+from Ray, the replicas from the servers.
+"""
+
+import asyncio
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import psutil
+import ray
+import structlog
+from ray.actor import ActorHandle
+
+from shoal_cluster.actors.calls import bounded
+from shoal_cluster.actors.configuration import (
+    CONTROLLER,
+    COORDINATOR,
+    NAMESPACE,
+    ClusterConfiguration,
+)
+from shoal_cluster.actors.coordinator import Coordinator
+from shoal_cluster.actors.process import configure_logging, make_pool
+from shoal_cluster.actors.shard_server import REPORT, ShardServer
+from shoal_cluster.actors.status import cluster_status
+from shoal_cluster.bucket.open import open_store
+from shoal_cluster.control.catalog import Owner
+from shoal_cluster.control.controller import ControlLoop
+from shoal_cluster.control.reconcile import (
+    CloseReplica,
+    Command,
+    OpenReplica,
+    Promote,
+    SetFollowers,
+)
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.errors import (
+    NotFound,
+    Outcome,
+    ShoalError,
+    Unavailable,
+)
+from shoal_cluster.domain.ids import ServerId, SystemIdGenerator
+from shoal_cluster.domain.observation import ServerReport
+from shoal_cluster.domain.request import RequestName
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.schema_change import SchemaChange
+from shoal_cluster.domain.status import ClusterStatus
+from shoal_cluster.domain.topology import Topology
+from shoal_cluster.links.address import LinkAddress
+from shoal_cluster.links.pool import LinkPool
+
+_log = structlog.get_logger()
+
+
+REPORT_TIMEOUT_S = 1.0
+CONTROL_TIMEOUT_S = 30.0
+"""A Ray call to a dead actor whose node is gone hangs: every one has its own deadline."""
+DESCRIBE_TIMEOUT_S = 5.0
+
+_RESTART = {"max_restarts": -1, "max_task_retries": 0, "lifetime": "detached"}
+
+
+class RayServers:
+    """The Servers port (control/controller.py): Ray calls for control, links for reports."""
+
+    def __init__(self, configuration: ClusterConfiguration, pool: LinkPool) -> None:
+        self._configuration = configuration
+        self._pool = pool
+        self._handles: dict[ServerId, ActorHandle[Any]] = {}
+        self._addresses: dict[ServerId, LinkAddress] = {}
+        self._describing: dict[ServerId, asyncio.Task[None]] = {}
+
+    def placed(self) -> Mapping[ServerId, str]:
+        # One node for all until the cluster spans several: replicas still go to different servers.
+        return dict.fromkeys(self._configuration.servers, "")
+
+    async def report(self, server: ServerId) -> ServerReport:
+        address = self._addresses.get(server)
+        if address is None:
+            self._describe(server)
+            raise NotFound(f"server {server} has not said where it listens")
+        try:
+            reply = await self._pool.call(
+                address, REPORT, None, timeout_s=REPORT_TIMEOUT_S, on_lost=Outcome.NOT_APPLIED
+            )
+        except Unavailable as error:
+            self._describe(server)
+            if address not in self._pool.connected():
+                raise NotFound(f"server {server}: {error.message}") from error
+            raise
+        return ServerReport.from_wire(reply.header)  # type: ignore[arg-type]
+
+    async def carry_out(self, command: Command) -> None:
+        handle = self._handle(command.server)
+        match command:
+            case OpenReplica():
+                call = handle.open_replica.remote(command.schema.to_wire(), command.shard)
+            case CloseReplica():
+                call = handle.close_replica.remote(command.collection, command.shard)
+            case Promote():
+                call = handle.promote.remote(command.collection, command.shard)
+            case SetFollowers():
+                call = handle.set_followers.remote(
+                    command.collection, command.shard, command.addresses
+                )
+        await bounded(call, CONTROL_TIMEOUT_S, f"server {command.server}")
+
+    async def shutdown(self) -> None:
+        """Asks every server to stop in order; those that do not answer are killed by the caller."""
+        calls = [
+            bounded(self._handle(server).shutdown.remote(), 10.0, f"server {server}")
+            for server in self._configuration.servers
+        ]
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    def _handle(self, server: ServerId) -> "ActorHandle[Any]":
+        handle = self._handles.get(server)
+        if handle is None:
+            configuration = self._configuration
+            handle = ShardServer.options(  # type: ignore[attr-defined]
+                name=configuration.actor_name(server),
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                num_cpus=configuration.server_cpus,
+                max_concurrency=1000,
+                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+                **_RESTART,
+            ).remote(configuration, server)
+            self._handles[server] = handle
+        return handle
+
+    def _describe(self, server: ServerId) -> None:
+        """Asks Ray, in the background, where the server's present process listens."""
+        running = self._describing.get(server)
+        if running is None or running.done():
+            self._describing[server] = asyncio.ensure_future(self._run_describe(server))
+
+    async def _run_describe(self, server: ServerId) -> None:
+        try:
+            _, address = await bounded(
+                self._handle(server).describe.remote(), DESCRIBE_TIMEOUT_S, f"server {server}"
+            )
+        except NotFound:
+            # Dead for good as far as Ray is concerned: make another under the same name.
+            self._handles.pop(server, None)
+        except ShoalError as error:
+            _log.info("server_not_described", server=server, reason=error.message)
+        else:
+            self._addresses[server] = address
+
+
+class CoordinatorAudience:
+    """The Audience port: coordinators get every topology, and again when they come back."""
+
+    def __init__(self, configuration: ClusterConfiguration) -> None:
+        self._configuration = configuration
+        self._topology: Topology | None = None
+        self._sent: tuple[str, int] | None = None
+        self._handle: ActorHandle[Any] | None = None
+        self._changed = asyncio.Event()
+        self.address = ""
+        self.pid = 0
+        self.started_ms = 0
+        self.failure: ShoalError | None = None
+        self.ready = asyncio.Event()
+
+    def publish(self, topology: Topology) -> None:
+        self._topology = topology
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Keeps the coordinator alive and informed until cancelled."""
+        while True:
+            try:
+                await self._round()
+            except NotFound:
+                self._handle = None
+            except Unavailable as error:
+                _log.info("coordinator_not_ready", reason=error.message)
+            except ShoalError as error:
+                self.failure = error
+                _log.warning("coordinator_unreachable", reason=error.message)
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), 1.0)
+            except TimeoutError:
+                continue
+
+    async def _round(self) -> None:
+        handle = self._coordinator()
+        incarnation, address, pid, started_ms = await bounded(
+            handle.describe.remote(), DESCRIBE_TIMEOUT_S, COORDINATOR
+        )
+        self.address, self.pid, self.started_ms = address, pid, started_ms
+        topology = self._topology
+        if topology is not None and self._sent != (incarnation, topology.version):
+            await bounded(
+                handle.post_topology.remote(topology.to_wire()), DESCRIBE_TIMEOUT_S, COORDINATOR
+            )
+            self._sent = (incarnation, topology.version)
+        self.failure = None
+        self.ready.set()
+
+    def _coordinator(self) -> "ActorHandle[Any]":
+        if self._handle is None:
+            configuration = self._configuration
+            self._handle = Coordinator.options(  # type: ignore[attr-defined]
+                name=configuration.actor_name(COORDINATOR),
+                namespace=NAMESPACE,
+                get_if_exists=True,
+                num_cpus=0,
+                max_concurrency=1000,
+                **_RESTART,
+            ).remote(configuration)
+        return self._handle
+
+
+@ray.remote
+class Controller:
+    """See actors/README.md for the life of an actor."""
+
+    def __init__(self, configuration: ClusterConfiguration) -> None:
+        configure_logging(configuration, CONTROLLER)
+        self._configuration = configuration
+        self._clock = SystemClock()
+        self._started_ms = self._clock.wall_ms()
+        self._pool = make_pool(configuration, CONTROLLER)
+        self._servers = RayServers(configuration, self._pool)
+        self._audience = CoordinatorAudience(configuration)
+        self._loop = ControlLoop(
+            store=open_store(configuration.bucket),
+            clock=self._clock,
+            ids=SystemIdGenerator(),
+            servers=self._servers,
+            audience=self._audience,
+            cluster_uuid=configuration.cluster_uuid,
+            owner=Owner(
+                incarnation=configuration.incarnation,
+                address=f"{configuration.grpc_host}:{configuration.grpc_port}",
+                since_ms=self._started_ms,
+            ),
+        )
+        self._pool.when_lost(lambda address, reason: self._loop.wake())
+        self._tasks = [
+            asyncio.ensure_future(self._control()),
+            asyncio.ensure_future(self._audience.run()),
+        ]
+
+    async def _control(self) -> None:
+        await self._loop.claim()
+        await self._loop.run()
+
+    async def ready(self) -> str:
+        """Returns the gRPC address once a coordinator serves and every server reported.
+
+        Raises: what keeps the coordinator from starting, such as a port in use.
+        """
+        while not self._audience.ready.is_set():
+            if self._audience.failure is not None:
+                raise self._audience.failure
+            if self._tasks[0].done():
+                self._tasks[0].result()
+            await asyncio.sleep(0.05)
+        while len(self._loop.reports) < len(self._configuration.servers):
+            await asyncio.sleep(0.05)
+        return self._audience.address
+
+    async def create_collection(
+        self, schema: CollectionSchema, request: RequestName
+    ) -> CollectionSchema:
+        return await self._loop.create_collection(schema, request)
+
+    async def alter_collection(
+        self, change: SchemaChange, request: RequestName
+    ) -> CollectionSchema:
+        return await self._loop.alter_collection(change, request)
+
+    async def drop_collection(self, name: str, request: RequestName) -> None:
+        await self._loop.drop_collection(name, request)
+
+    async def status(self) -> ClusterStatus:
+        return cluster_status(
+            self._configuration,
+            self._loop,
+            controller_pid=os.getpid(),
+            controller_memory_bytes=psutil.Process().memory_info().rss,
+            controller_started_ms=self._started_ms,
+            coordinator=(self._audience.address, self._audience.pid, self._audience.started_ms),
+            now_ms=self._clock.wall_ms(),
+        )
+
+    async def shutdown(self) -> None:
+        """Stops the control loop, then the servers in order. The caller kills the actors."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._servers.shutdown()
+        await self._pool.close_all()

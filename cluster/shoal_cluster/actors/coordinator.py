@@ -1,0 +1,188 @@
+"""The Coordinator actor: hosts the gRPC server, scatters to shard servers over links. Stateless."""
+
+import asyncio
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+import structlog
+from ray.actor import ActorHandle
+
+from shoal_cluster.actors.calls import bounded
+from shoal_cluster.actors.configuration import (
+    CONTROLLER,
+    COORDINATOR,
+    NAMESPACE,
+    ClusterConfiguration,
+)
+from shoal_cluster.actors.process import configure_logging, make_pool
+from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.errors import NotFound, Unavailable
+from shoal_cluster.domain.ids import SystemIdGenerator
+from shoal_cluster.domain.request import RequestName
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.schema_change import SchemaChange
+from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
+from shoal_cluster.domain.topology import Topology
+from shoal_cluster.edge.server import EdgeServer, Services, start_server
+from shoal_cluster.ingest.execute import Writer
+from shoal_cluster.query.execute import Searcher
+
+_log = structlog.get_logger()
+
+
+class ControllerClient:
+    """The CollectionControl and StatusSource ports (edge/ports.py) over Ray calls."""
+
+    def __init__(self, configuration: ClusterConfiguration, board: TopologyBoard) -> None:
+        self._configuration = configuration
+        self._board = board
+        self._handle: ActorHandle[Any] | None = None
+
+    async def create_collection(
+        self, schema: CollectionSchema, name: RequestName, *, timeout_s: float
+    ) -> CollectionSchema:
+        created: CollectionSchema = await self._call(
+            "create_collection", schema, name, timeout_s=timeout_s
+        )
+        await self._until_known(created, timeout_s)
+        return created
+
+    async def alter_collection(
+        self, change: SchemaChange, name: RequestName, *, timeout_s: float
+    ) -> CollectionSchema:
+        altered: CollectionSchema = await self._call(
+            "alter_collection", change, name, timeout_s=timeout_s
+        )
+        await self._until_known(altered, timeout_s)
+        return altered
+
+    async def drop_collection(
+        self, collection: str, name: RequestName, *, timeout_s: float
+    ) -> None:
+        before = self._board.current().collections.get(collection)
+        await self._call("drop_collection", collection, name, timeout_s=timeout_s)
+        if before is not None:
+            await self._until(
+                lambda topology: _id_of(topology, collection) != before.schema.id, timeout_s
+            )
+
+    async def describe_collection(self, collection: str, *, timeout_s: float) -> CollectionStatus:
+        status: ClusterStatus = await self._call("status", timeout_s=timeout_s)
+        for entry in status.collections:
+            if entry.schema.name == collection:
+                return entry
+        known = ", ".join(entry.schema.name for entry in status.collections) or "none"
+        raise NotFound(
+            f"there is no collection {collection[:80]!r}; there are: {known}", field="name"
+        )
+
+    async def list_collections(self, *, timeout_s: float) -> Sequence[CollectionSchema]:
+        status: ClusterStatus = await self._call("status", timeout_s=timeout_s)
+        return [entry.schema for entry in status.collections]
+
+    async def status(self, *, timeout_s: float) -> ClusterStatus:
+        status: ClusterStatus = await self._call("status", timeout_s=timeout_s)
+        return status
+
+    async def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+        try:
+            if self._handle is None:
+                # get_actor blocks on Ray's directory: off the loop, and only once.
+                self._handle = await asyncio.to_thread(
+                    ray.get_actor, self._configuration.actor_name(CONTROLLER), NAMESPACE
+                )
+            call = getattr(self._handle, method).remote(*arguments)
+        except ValueError as error:
+            raise Unavailable(
+                "the controller is not running; is the cluster going down?"
+            ) from error
+        return await bounded(call, timeout_s, "the controller")
+
+    async def _until_known(self, schema: CollectionSchema, timeout_s: float) -> None:
+        def known(topology: Topology) -> bool:
+            place = topology.collections.get(schema.name)
+            return place is not None and (
+                place.schema.id != schema.id or place.schema.version >= schema.version
+            )
+
+        await self._until(known, timeout_s)
+
+    async def _until(self, holds: Any, timeout_s: float) -> None:
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        topology = self._board.current()
+        while not holds(topology):
+            left_s = deadline_s - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                raise Unavailable(
+                    "the catalog was changed, but this coordinator has not heard of it yet; "
+                    "try again"
+                )
+            topology = await self._board.newer_than(topology.version, left_s)
+
+
+def _id_of(topology: Topology, name: str) -> str | None:
+    place = topology.collections.get(name)
+    return None if place is None else place.schema.id
+
+
+@ray.remote
+class Coordinator:
+    """See actors/README.md for the life of an actor."""
+
+    def __init__(self, configuration: ClusterConfiguration) -> None:
+        configure_logging(configuration, COORDINATOR)
+        self._configuration = configuration
+        self._clock = SystemClock()
+        self._incarnation = SystemIdGenerator().hex(8)
+        self._started_ms = self._clock.wall_ms()
+        self._board = TopologyBoard(configuration.cluster_uuid)
+        self._pool = make_pool(configuration, COORDINATOR)
+        self._server: asyncio.Task[EdgeServer] | None = None
+
+    async def describe(self) -> tuple[str, str, int, int]:
+        """Returns incarnation, gRPC address, pid and start (ms), once the server listens.
+
+        Raises: Conflict when the port is in use.
+        """
+        if self._server is None:
+            self._server = asyncio.ensure_future(self._start())
+        try:
+            server = await asyncio.shield(self._server)
+        except BaseException:
+            self._server = None
+            raise
+        return self._incarnation, server.address, os.getpid(), self._started_ms
+
+    async def post_topology(self, topology: dict[str, Any]) -> None:
+        self._board.post(Topology.from_wire(topology))
+        if self._server is not None and self._server.done():
+            await self._server.result().set_serving(True)
+
+    async def shutdown(self) -> None:
+        if self._server is not None:
+            await (await self._server).close(drain_s=1.0)
+        await self._pool.close_all()
+
+    async def _start(self) -> EdgeServer:
+        caller = LinkCaller(self._pool, self._board)
+        searcher = Searcher(caller=caller, topology=self._board, clock=self._clock)
+        writer = Writer(caller=caller, topology=self._board, clock=self._clock)
+        control = ControllerClient(self._configuration, self._board)
+        server = await start_server(
+            f"{self._configuration.grpc_host}:{self._configuration.grpc_port}",
+            Services(
+                control=control,
+                searching=searcher,
+                reading=searcher.rows,
+                writing=writer,
+                status=control,
+            ),
+            ids=SystemIdGenerator(),
+        )
+        # Until the first topology arrives every request would only wait.
+        await server.set_serving(self._board.current().version > 0)
+        _log.info("coordinator_started", address=server.address)
+        return server

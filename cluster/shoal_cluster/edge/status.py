@@ -1,0 +1,66 @@
+"""How an error ends an RPC: its gRPC status, and its details in the trailing metadata."""
+
+from collections.abc import Mapping
+from typing import NoReturn
+
+import grpc
+from grpc.aio import ServicerContext
+
+from shoal_cluster.domain.errors import Outcome, ShoalError
+from shoal_protos.v1 import types_pb2 as pb
+
+ERROR_METADATA_KEY = "shoal-error-bin"
+
+MESSAGE_LENGTH_MAX = 1500
+"""Characters of a message. It travels twice, and gRPC bounds all metadata of a reply to 8 KiB."""
+
+FIELD_LENGTH_MAX = 300
+
+STATUS_OF_KIND: Mapping[str, grpc.StatusCode] = {
+    "invalid_request": grpc.StatusCode.INVALID_ARGUMENT,
+    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
+    "permission_denied": grpc.StatusCode.PERMISSION_DENIED,
+    "not_found": grpc.StatusCode.NOT_FOUND,
+    "already_exists": grpc.StatusCode.ALREADY_EXISTS,
+    "conflict": grpc.StatusCode.ABORTED,
+    "overloaded": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "unavailable": grpc.StatusCode.UNAVAILABLE,
+    "not_primary": grpc.StatusCode.UNAVAILABLE,
+    "indeterminate": grpc.StatusCode.UNKNOWN,
+    "corrupt": grpc.StatusCode.DATA_LOSS,
+    "internal": grpc.StatusCode.INTERNAL,
+}
+"""One entry for each kind of domain/errors.py; the same table is in types.proto."""
+
+_OUTCOMES = {
+    Outcome.NOT_APPLIED: pb.OUTCOME_NOT_APPLIED,
+    Outcome.MAYBE_APPLIED: pb.OUTCOME_MAYBE_APPLIED,
+}
+
+
+def detail_of(error: ShoalError) -> pb.ErrorDetail:
+    return pb.ErrorDetail(
+        kind=error.kind,
+        message=_shortened(error.message, MESSAGE_LENGTH_MAX),
+        outcome=_OUTCOMES[error.outcome],
+        field=_shortened(error.field or "", FIELD_LENGTH_MAX),
+        limit=_shortened(error.limit or "", FIELD_LENGTH_MAX),
+        retry_after_ms=error.retry_after_ms,
+    )
+
+
+async def refuse(context: "ServicerContext[object, object]", error: ShoalError) -> NoReturn:
+    """Ends the RPC with an error. Raises what gRPC uses to unwind the servicer."""
+    detail = detail_of(error)
+    await context.abort(
+        STATUS_OF_KIND[error.kind],
+        detail.message,
+        ((ERROR_METADATA_KEY, detail.SerializeToString()),),
+    )
+    raise AssertionError("abort raises")
+
+
+def _shortened(text: str, length_max: int) -> str:
+    # Lone surrogates (a name from a local file, say) are not UTF-8, which protobuf demands.
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= length_max else text[: length_max - 1] + "…"
