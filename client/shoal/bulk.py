@@ -5,19 +5,18 @@ Steps of a shell: send every `next_chunk`; wait for a reply at most `wait_s`; te
 when the stream broke or `is_stalled`, tell `stream_lost` and open another one.
 
 Invariants
-  B-1  No more chunks are sent and unacknowledged than the server's last window, and none is taken
+  U-1  No more chunks are sent and unacknowledged than the server's last window, and none is taken
        from the source while `in_flight` are unresolved (sent, or waiting to be sent again), so
        memory is bounded whatever the source yields.
-  B-2  A chunk sent again carries the request id it had the first time.
-  B-3  A chunk counts as done exactly once, when its acknowledgement arrives.
+  U-2  A chunk sent again carries the request id it had the first time.
+  U-3  A chunk counts as done exactly once, when its acknowledgement arrives.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from random import Random
 
 from shoal.errors import InvalidRequest, ShoalError
-from shoal.retry import Attempts, GiveUp, RetryPolicy
+from shoal.retry import Attempts, GiveUp, Retries
 from shoal.rpc import error_of_detail
 from shoal_protos.v1 import points_pb2
 
@@ -74,15 +73,13 @@ class BulkUpload:
         *,
         in_flight: int,
         timeout_s: float,
-        policy: RetryPolicy,
-        random: Random,
+        retries: Retries,
     ) -> None:
         require_range("in_flight", in_flight, IN_FLIGHT_MAX)
         self._upload = upload
         self._in_flight = in_flight
         self._timeout_s = timeout_s
-        self._policy = policy
-        self._random = random
+        self._retries = retries
         self._window = 1
         self._chunk_no = 0
         self._sent: dict[int, _Chunk] = {}
@@ -163,12 +160,7 @@ class BulkUpload:
         return max(0.0, min(times_s, default=now_s) - now_s)
 
     def _fresh(self, upsert: points_pb2.UpsertRequest, now_s: float) -> _Chunk:
-        attempts = Attempts(
-            is_write=True,
-            deadline_s=now_s + self._timeout_s,
-            policy=self._policy,
-            random=self._random,
-        )
+        attempts = self._retries.attempts(is_write=True, deadline_s=now_s + self._timeout_s)
         return _Chunk(upsert=upsert, attempts=attempts, due_s=now_s, expires_s=now_s)
 
     def _retry(self, number: int, chunk: _Chunk, error: ShoalError, now_s: float) -> None:

@@ -4,7 +4,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterable
-from random import Random
 from typing import Any
 
 import grpc
@@ -12,7 +11,7 @@ import grpc
 from shoal.bulk import ENDED_EARLY, STALLED, STREAM_CLOSE_S, BulkUpload, Upload
 from shoal.calls import Call, Reply
 from shoal.errors import InvalidRequest, ShoalError
-from shoal.retry import Attempts, GiveUp, RetryPolicy
+from shoal.retry import Attempts, GiveUp, Retries, RetryPolicy
 from shoal.rpc import (
     CHANNEL_OPTIONS,
     CLOSED,
@@ -37,8 +36,7 @@ class Connection:
     ) -> None:
         self._addresses = Addresses(address)
         self._timeout_s = checked_timeout_s(timeout_s)
-        self._retries = retries
-        self._random = Random()
+        self._retries = Retries(retries)
         self._lock = threading.Lock()
         self._lanes: dict[str, Lane] = {}
         self._closed = False
@@ -88,12 +86,8 @@ class Connection:
                 return call.decode(response)
 
     def _attempts(self, is_write: bool, timeout_s: float | None) -> Attempts:
-        return Attempts(
-            is_write=is_write,
-            deadline_s=time.monotonic() + self._allowed_s(timeout_s),
-            policy=self._retries,
-            random=self._random,
-        )
+        deadline_s = time.monotonic() + self._allowed_s(timeout_s)
+        return self._retries.attempts(is_write=is_write, deadline_s=deadline_s)
 
     def _allowed_s(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else checked_timeout_s(timeout_s)
@@ -107,8 +101,7 @@ class Connection:
             work,
             in_flight=in_flight,
             timeout_s=self._allowed_s(timeout_s),
-            policy=self._retries,
-            random=self._random,
+            retries=self._retries,
         )
         while not upload.is_done:
             lane = self._lane()

@@ -37,6 +37,23 @@ class RetryPolicy:
 DEFAULT_RETRIES = RetryPolicy()
 
 
+class Retries:
+    """A client's policy with its source of jitter, the only randomness of the SDK.
+
+    random: a seeded one in tests; the default is seeded by the operating system.
+    """
+
+    def __init__(self, policy: RetryPolicy = DEFAULT_RETRIES, random: Random | None = None) -> None:
+        self._policy = policy
+        self._random = Random() if random is None else random
+
+    def attempts(self, *, is_write: bool, deadline_s: float) -> "Attempts":
+        """Returns a fresh count of attempts; deadline_s is a time of the caller's clock."""
+        return Attempts(
+            is_write=is_write, deadline_s=deadline_s, policy=self._policy, random=self._random
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Retry:
     """Send the same request again after `wait_s`; elsewhere: to the next address."""

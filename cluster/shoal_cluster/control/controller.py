@@ -7,7 +7,7 @@ are fenced in the bucket. The one that no longer owns the catalog stops.
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -18,6 +18,7 @@ from shoal_cluster.control.placement import place_all
 from shoal_cluster.control.reconcile import (
     Command,
     OpenReplica,
+    Promote,
     diff,
     topology_of,
 )
@@ -71,6 +72,14 @@ class Audience(Protocol):
     def publish(self, topology: Topology) -> None: ...
 
 
+@dataclass(slots=True)
+class _Promotion:
+    """The last promotion of a shard. ended_s: monotonic, None while it is under way."""
+
+    server: ServerId
+    ended_s: float | None = None
+
+
 class ControlLoop:
     """The controller's work; `run` until `close`."""
 
@@ -96,6 +105,7 @@ class ControlLoop:
         self._wake = asyncio.Event()
         self._seen: dict[ServerId, float] = {}
         self._busy: dict[tuple[type, ServerId, str, int], asyncio.Task[None]] = {}
+        self._promotions: dict[tuple[CollectionId, ShardNumber], _Promotion] = {}
         self._changed = asyncio.Condition()
         self.catalog = Catalog()
         self.reports: dict[ServerId, ServerReport] = {}
@@ -243,8 +253,11 @@ class ControlLoop:
 
     async def _round(self) -> None:
         self.catalog = await self._refresh_catalog()
+        observing_s = self._clock.monotonic_s()
         await self._observe()
         for command in diff(self.catalog, self.reports):
+            if isinstance(command, Promote) and self._is_being_promoted(command, observing_s):
+                continue
             self._start(command)
         self._publish()
         async with self._changed:
@@ -289,7 +302,29 @@ class ControlLoop:
             return
         self._busy[key] = asyncio.ensure_future(self._carry_out(command))
 
+    def _is_being_promoted(self, command: Promote, observing_s: float) -> bool:
+        """Says whether a promotion of the shard is under way, or ended after we asked for reports.
+
+        Without this the reports of a moment ago would have a second server promoted, and the first
+        fenced, for nothing. A promotion by a server that is gone does not count.
+        """
+        promotion = self._promotions.get((command.collection, command.shard))
+        if promotion is None or promotion.server not in self.reports:
+            return False
+        return promotion.ended_s is None or promotion.ended_s >= observing_s
+
     async def _carry_out(self, command: Command) -> None:
+        if isinstance(command, Promote):
+            promotion = _Promotion(command.server)
+            self._promotions[(command.collection, command.shard)] = promotion
+            try:
+                await self._try(command)
+            finally:
+                promotion.ended_s = self._clock.monotonic_s()
+        else:
+            await self._try(command)
+
+    async def _try(self, command: Command) -> None:
         try:
             await self._servers.carry_out(command)
         except ShoalError as error:

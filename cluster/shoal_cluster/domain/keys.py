@@ -1,6 +1,6 @@
 """Where everything lies in a bucket. Fixed by format version 1.
 
-    cluster                                     create-once: cluster uuid, format, conformance result
+    cluster                                     create-once: cluster uuid, conformance result
     catalog/v/{version}    catalog/floor/{version}
     c/{collection}/s/{shard}/wal/{slot}         data or fence; slots contiguous from 1
                             /man/{version}      manifests, contiguous from 0

@@ -105,7 +105,7 @@ class Guard:
         """Ignored: the same handlers come by name, which is what is needed."""
 
     def add_registered_method_handlers(
-        self, service: str, handlers: "Mapping[str, grpc.RpcMethodHandler[Any, Any]]"
+        self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
         guarded = {name: self._guarded(f"{service}/{name}", h) for name, h in handlers.items()}
         self._server.add_generic_rpc_handlers(

@@ -11,10 +11,9 @@ from shoal_protos.v1 import types_pb2 as pb
 
 ERROR_METADATA_KEY = "shoal-error-bin"
 
-MESSAGE_LENGTH_MAX = 1500
-"""Characters of a message. It travels twice, and gRPC bounds all metadata of a reply to 8 KiB."""
-
-FIELD_LENGTH_MAX = 300
+MESSAGE_BYTES_MAX, FIELD_BYTES_MAX, STATUS_MESSAGE_BYTES_MAX = 2400, 300, 900
+"""gRPC bounds all metadata of a reply to 8 KiB, and drops an error that exceeds it. Details travel
+in base64 (4/3 of 3,000 bytes), the status message percent-encoded (up to 3 times its bytes)."""
 
 STATUS_OF_KIND: Mapping[str, grpc.StatusCode] = {
     "invalid_request": grpc.StatusCode.INVALID_ARGUMENT,
@@ -41,10 +40,10 @@ _OUTCOMES = {
 def detail_of(error: ShoalError) -> pb.ErrorDetail:
     return pb.ErrorDetail(
         kind=error.kind,
-        message=_shortened(error.message, MESSAGE_LENGTH_MAX),
+        message=_shortened(error.message, MESSAGE_BYTES_MAX),
         outcome=_OUTCOMES[error.outcome],
-        field=_shortened(error.field or "", FIELD_LENGTH_MAX),
-        limit=_shortened(error.limit or "", FIELD_LENGTH_MAX),
+        field=_shortened(error.field or "", FIELD_BYTES_MAX),
+        limit=_shortened(error.limit or "", FIELD_BYTES_MAX),
         retry_after_ms=error.retry_after_ms,
     )
 
@@ -54,13 +53,15 @@ async def refuse(context: "ServicerContext[object, object]", error: ShoalError) 
     detail = detail_of(error)
     await context.abort(
         STATUS_OF_KIND[error.kind],
-        detail.message,
+        _shortened(detail.message, STATUS_MESSAGE_BYTES_MAX),
         ((ERROR_METADATA_KEY, detail.SerializeToString()),),
     )
     raise AssertionError("abort raises")
 
 
-def _shortened(text: str, length_max: int) -> str:
+def _shortened(text: str, bytes_max: int) -> str:
     # Lone surrogates (a name from a local file, say) are not UTF-8, which protobuf demands.
-    text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= length_max else text[: length_max - 1] + "…"
+    encoded = text.encode("utf-8", "replace")
+    if len(encoded) <= bytes_max:
+        return encoded.decode()
+    return encoded[: bytes_max - 3].decode("utf-8", "ignore") + "…"

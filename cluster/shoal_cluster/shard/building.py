@@ -34,6 +34,9 @@ from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_cluster.wal.log import Wal
 
 
+_NO_SLOT = Slot(0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOrder:
     """What to build. wal_first..wal_last: slots whose surviving upserts go in (none if last is 0).
@@ -45,8 +48,8 @@ class BuildOrder:
     shard: ShardNumber
     cluster_uuid: bytes
     segment: SegmentId
-    wal_first: Slot = Slot(0)
-    wal_last: Slot = Slot(0)
+    wal_first: Slot = _NO_SLOT
+    wal_last: Slot = _NO_SLOT
     sources: tuple[SegmentEntry, ...] = ()
     seed: int = 0
 

@@ -19,7 +19,7 @@ from shoal_cluster.filtering.expression import matches
 from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard.calls import WriteCall, WriteKind
 from shoal_cluster.shard.dedup import Answer
-from shoal_cluster.shard.search import matching_ids
+from shoal_cluster.shard.rows import matching_ids
 from shoal_cluster.shard.state import ShardState
 from shoal_cluster.wal.record import OperationBatch, RequestMark
 

@@ -90,8 +90,7 @@ class Dedup:
         window.add(request_no, answer)
         self._count += len(window.answers)
         while (
-            len(self._clients) > limits.DEDUP_CLIENTS_MAX
-            or self._count > limits.DEDUP_REQUESTS_MAX
+            len(self._clients) > limits.DEDUP_CLIENTS_MAX or self._count > limits.DEDUP_REQUESTS_MAX
         ):
             _, dropped = self._clients.popitem(last=False)
             self._count -= len(dropped.answers)

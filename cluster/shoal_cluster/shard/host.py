@@ -23,7 +23,7 @@ from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.wire import from_wire
-from shoal_cluster.shard import search
+from shoal_cluster.shard import rows, search
 from shoal_cluster.shard.calls import (
     CountCall,
     CountReply,
@@ -63,9 +63,7 @@ class _Hosted:
 class ShardHost:
     """publisher_of: makes the Publisher of a shard, which knows the followers' addresses."""
 
-    def __init__(
-        self, ports: ShardPorts, publisher_of: Callable[[ShardName], Publisher]
-    ) -> None:
+    def __init__(self, ports: ShardPorts, publisher_of: Callable[[ShardName], Publisher]) -> None:
         self._ports = ports
         self._publisher_of = publisher_of
         self._hosted: dict[ShardName, _Hosted] = {}
@@ -137,9 +135,7 @@ class ShardHost:
         if hosted is not None and hosted.state is ReplicaState.READY:
             hosted.replica.wake()
 
-    async def search(
-        self, call: SearchCall, body: bytes | memoryview
-    ) -> tuple[SearchReply, bytes]:
+    async def search(self, call: SearchCall, body: bytes | memoryview) -> tuple[SearchReply, bytes]:
         """Answers a search; the bytes are the hits' vectors when asked for."""
         replica = self._ready((call.collection, call.shard)).replica
         clock = self._ports.clock
@@ -160,16 +156,16 @@ class ShardHost:
         prepared = search.prepare(replica.state, order)
         prepared_s = clock.monotonic_s()
         if prepared.rows_considered <= INLINE_ROWS_MAX:
-            hits = search.execute(prepared, schema)
+            hits = search.execute(prepared, schema.metric)
         else:
-            hits = await self._ports.compute.run(lambda: search.execute(prepared, schema))
+            hits = await self._ports.compute.run(lambda: search.execute(prepared, schema.metric))
         self.searches += len(order.queries)
         snapshot = prepared.snapshot
         found_s = clock.monotonic_s()
-        tails = search.tails_of(snapshot, hits.sources) if call.with_payload else None
+        tails = rows.tails_of(snapshot, hits.places) if call.with_payload else None
         vectors = b""
         if call.with_vector:
-            vectors = search.vectors_of(snapshot, hits.sources, schema.dimension).tobytes()
+            vectors = rows.vectors_of(snapshot, hits.places, schema.dimension).tobytes()
         explain = None
         if call.explain:
             explain = hits.explain
@@ -194,21 +190,21 @@ class ShardHost:
         replica = self._ready((call.collection, call.shard)).replica
         await replica.wait_for(call.level)
         snapshot = replica.state.snapshot()
-        ids, sources = search.find_rows(snapshot, call.ids)
-        return self._rows(replica, snapshot, ids, sources, call.with_vector)
+        ids, places = rows.find_rows(snapshot, call.ids)
+        return self._rows(replica, snapshot, ids, places, call.with_vector)
 
     async def scroll(self, call: ScrollCall) -> tuple[RowsReply, bytes]:
         replica = self._ready((call.collection, call.shard)).replica
         await replica.wait_for(call.level)
         snapshot = replica.state.snapshot()
-        ids, sources = search.scroll(snapshot, call.after, call.limit, _expression(call.filter))
-        return self._rows(replica, snapshot, ids, sources, call.with_vector)
+        ids, places = rows.scroll(snapshot, call.after, call.limit, _expression(call.filter))
+        return self._rows(replica, snapshot, ids, places, call.with_vector)
 
     async def count(self, call: CountCall) -> CountReply:
         replica = self._ready((call.collection, call.shard)).replica
         await replica.wait_for(call.level)
-        rows = search.count(replica.state.snapshot(), _expression(call.filter))
-        return CountReply(rows=rows, as_of=replica.as_of())
+        found = rows.count(replica.state.snapshot(), _expression(call.filter))
+        return CountReply(rows=found, as_of=replica.as_of())
 
     async def write(self, call: WriteCall) -> WriteReply:
         name = (call.collection, call.shard)
@@ -256,16 +252,16 @@ class ShardHost:
         replica: Replica,
         snapshot: Snapshot,
         ids: Sequence[bytes],
-        sources: Sequence[tuple[int, int]],
+        places: Sequence[rows.Place],
         with_vector: bool,
     ) -> tuple[RowsReply, bytes]:
         vectors = b""
         if with_vector:
-            vectors = search.vectors_of(snapshot, sources, replica.schema.dimension).tobytes()
+            vectors = rows.vectors_of(snapshot, places, replica.schema.dimension).tobytes()
         reply = RowsReply(
             ids=ids,
-            seqs=search.seqs_of(snapshot, sources),
-            tails=search.tails_of(snapshot, sources),
+            seqs=rows.seqs_of(snapshot, places),
+            tails=rows.tails_of(snapshot, places),
             as_of=replica.as_of(),
         )
         return reply, vectors
@@ -297,4 +293,3 @@ def _queries(body: bytes | memoryview, dimension: int) -> Vectors:
 
 def _expression(wire: Any) -> Expression | None:
     return None if wire is None else from_wire(wire)
-

@@ -26,10 +26,11 @@ class MemtableView:
 
     memtable: "Memtable"
     rows: int
+    live: int
     vectors: Vectors
     alive: npt.NDArray[np.bool_]
 
-    def live_rows(self) -> npt.NDArray[np.intp]:
+    def live_rows(self) -> npt.NDArray[np.int64]:
         """Returns the row numbers that live, ascending."""
         return np.flatnonzero(self.alive[: self.rows])
 
@@ -69,7 +70,11 @@ class Memtable:
 
     def view(self) -> MemtableView:
         return MemtableView(
-            memtable=self, rows=len(self.ids), vectors=self.vectors, alive=self._alive
+            memtable=self,
+            rows=len(self.ids),
+            live=self.live,
+            vectors=self.vectors,
+            alive=self._alive,
         )
 
     def append(

@@ -87,9 +87,7 @@ class Primary:
         self._replica = replica
         self._publisher = publisher
         self._wake = asyncio.Event()
-        self._sealer = Sealer(
-            replica, epoch, publisher, on_lost=self._lose, on_idle=self._wake.set
-        )
+        self._sealer = Sealer(replica, epoch, publisher, on_lost=self._lose, on_idle=self._wake.set)
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._settled = asyncio.Event()

@@ -184,9 +184,7 @@ class Sealer:
             try:
                 return await self._replica.ports.builds.build(replace(order, segment=name))
             except Unavailable as error:
-                _log.warning(
-                    "build_retried", shard=order.shard, segment=name, reason=error.message
-                )
+                _log.warning("build_retried", shard=order.shard, segment=name, reason=error.message)
             await self._replica.ports.clock.sleep(delay_s)
             delay_s = min(2 * delay_s, _RETRY_S_MAX)
 
@@ -307,4 +305,3 @@ class Sealer:
             raise NotPrimary(f"manifest {child.version} was taken by another epoch")
         self._replica.install(child, views)
         self._publisher.manifest()
-

@@ -1,17 +1,17 @@
-"""Answers reads from a snapshot: top-k search, get, scroll and count. No I/O but mapped files.
+"""Answers a top-k search from a snapshot. No I/O but mapped files.
 
 Search runs in two halves. `prepare` belongs to the event loop: it works out which memtable rows
-match the filter (memtable columns change under the loop's hands only). `execute` may run in any
-thread: it touches the snapshot's immutable parts alone.
+match the filter (memtables change under the loop's hands only). `execute` may run in any thread: it
+touches the snapshot's immutable parts alone.
 
 Invariant Q-1: every hit was live at the snapshot's position; rows are never skipped in silence.
+Invariant Q-3: equal keys are ordered by point id, so that replicas that sealed at different times
+answer alike.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from heapq import merge as merge_sorted
-from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +19,19 @@ from pyroaring import BitMap
 
 from shoal_cluster.domain.ids import SegmentId
 from shoal_cluster.domain.point import Vectors
-from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.schema import Metric
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.statistics import rule_out
-from shoal_cluster.index.distances import exact_top_k
+from shoal_cluster.index.distances import Keys, Rows, exact_top_k
+from shoal_cluster.segment.search import SegmentHits, allowed_rows
+from shoal_cluster.shard.memtable import MemtableView
+from shoal_cluster.shard.rows import Place, memtable_matches
 from shoal_cluster.shard.state import SegmentView, ShardState, Snapshot
-
-_NO_ROWS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOrder:
-    """What to look for. queries: (nq, dimension) float32 as the index wants them."""
+    """What to look for. queries: (nq, dimension) C-contiguous float32 as the index wants them."""
 
     queries: Vectors
     k: int
@@ -42,11 +43,14 @@ class SearchOrder:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A search bound to a snapshot. memtable_rows: per memtable view, its live matching rows."""
+    """A search bound to a snapshot.
+
+    memtable_rows: per memtable view, its live matching rows; None when that is every row.
+    """
 
     order: SearchOrder
     snapshot: Snapshot
-    memtable_rows: tuple[npt.NDArray[np.intp], ...]
+    memtable_rows: tuple[Rows | None, ...]
 
     @property
     def rows_considered(self) -> int:
@@ -60,73 +64,73 @@ class ShardHits:
 
     counts: list[int]
     ids: list[bytes]
-    keys: npt.NDArray[np.float32]
+    keys: Keys
     seqs: list[int]
-    sources: list[tuple[int, int]]
-    """(segment number or -1 - memtable number, row), to fetch tails and vectors of the winners."""
+    places: list[Place]
+    """Where each hit is (rows.py), to fetch tails and vectors of the winners."""
     explain: dict[str, Any] = field(default_factory=dict)
+
+
+class _Part(NamedTuple):
+    """What one segment or memtable found: keys and rows are (nq, m), padded with rows < 0."""
+
+    number: int
+    keys: Keys
+    rows: Rows
 
 
 def prepare(state: ShardState, order: SearchOrder) -> Prepared:
     """Binds a search to the present state. Call from the event loop."""
     snapshot = state.snapshot()
-    rows = []
-    for view in snapshot.memtables:
-        live = view.live_rows()
-        if order.filter is not None:
-            matching = view.memtable.columns.evaluate(order.filter)
-            live = np.array([row for row in live if row in matching], dtype=np.intp)
-        rows.append(live)
-    return Prepared(order, snapshot, tuple(rows))
+    rows = tuple(
+        None
+        if order.filter is None and view.live == view.rows
+        # Under a filter even a match of every row is worth no shortcut: it is a list already.
+        else memtable_matches(view, order.filter)
+        for view in snapshot.memtables
+    )
+    return Prepared(order, snapshot, rows)
 
 
-def execute(prepared: Prepared, metric_schema: CollectionSchema) -> ShardHits:
+def execute(prepared: Prepared, metric: Metric) -> ShardHits:
     """Searches every segment and memtable of the snapshot and merges. Thread-safe."""
     order, snapshot = prepared.order, prepared.snapshot
-    parts: list[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.int64]]] = []
+    parts: list[_Part] = []
     explained: list[dict[str, Any]] = []
     for number, view in enumerate(snapshot.segments):
         found = _search_segment(view, order, explained)
         if found is not None:
-            parts.append((number, *found))
+            parts.append(_Part(number, found.keys, found.rows))
+    memtable_rows = 0
     for number, (memtable, rows) in enumerate(
         zip(snapshot.memtables, prepared.memtable_rows, strict=True)
     ):
-        if len(rows):
-            keys, found_rows = exact_top_k(
-                memtable.vectors,
-                order.queries,
-                min(order.k, len(rows)),
-                metric_schema.metric,
-                rows=None if len(rows) == memtable.rows else rows.astype(np.uint32),
-            )
-            parts.append((-1 - number, keys, found_rows))
-    hits = _merge(parts, prepared)
+        count = memtable.rows if rows is None else len(rows)
+        memtable_rows += count
+        if count:
+            parts.append(_Part(-1 - number, *_search_memtable(memtable, rows, order, metric)))
+    hits = _merge(parts, order, snapshot)
     if order.explain:
         hits.explain.update(
-            segments=explained,
-            memtable_rows=sum(len(rows) for rows in prepared.memtable_rows),
-            live_rows=snapshot.live,
+            segments=explained, memtable_rows=memtable_rows, live_rows=snapshot.live
         )
     return hits
 
 
 def _search_segment(
     view: SegmentView, order: SearchOrder, explained: list[dict[str, Any]]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]] | None:
+) -> SegmentHits | None:
     reader = view.reader
     matching: BitMap | None = None
-    if order.filter is not None:
+    reason = None if view.live else "every row is dead"
+    if order.filter is not None and reason is None:
         reason = rule_out(order.filter, reader.statistics, reader.rows)
         if reason is None:
             matching = reader.evaluate(order.filter)
-            if not matching:
-                reason = "no row of the segment matches the filter"
-        if reason is not None:
-            if order.explain:
-                explained.append(_explain_pruned(view.entry.id, reader.rows, reason))
-            return None
-    if view.live == 0:
+            reason = None if matching else "no row of the segment matches the filter"
+    if reason is not None:
+        if order.explain:
+            explained.append(_explain_pruned(view.entry.id, reader.rows, reason))
         return None
     hits = reader.search(
         order.queries,
@@ -137,200 +141,115 @@ def _search_segment(
         exact=order.exact,
     )
     if order.explain:
-        report = hits.report
-        explained.append(
-            {
-                "segment": view.entry.id,
-                "rows": reader.rows,
-                "live": view.live,
-                "pruned": False,
-                "plan": str(report.plan),
-                "reason": report.reason,
-                "family": report.family,
-                "rescore_factor": report.rescore_factor,
-                "expected_recall": report.expected_recall,
-                "rows_scanned": report.rows_scanned,
-                "rows_rescored": report.rows_rescored,
-            }
-        )
-    return hits.keys, hits.rows
+        explained.append(_explain_searched(view, matching, hits))
+    return hits
+
+
+def _search_memtable(
+    view: MemtableView, rows: Rows | None, order: SearchOrder, metric: Metric
+) -> tuple[Keys, Rows]:
+    """Returns the k nearest rows of each query, exactly; ties at the end are settled by id."""
+    count = view.rows if rows is None else len(rows)
+    k = order.k
+    # One more than asked for tells whether the k-th ties with a row that was left out.
+    keys, found = exact_top_k(view.vectors, order.queries, min(k + 1, count), metric, rows)
+    if count <= k:
+        return keys, found
+    for query in np.flatnonzero(keys[:, k - 1] == keys[:, k]).tolist():
+        asked = order.queries[query : query + 1]
+        all_keys, all_rows = exact_top_k(view.vectors, asked, count, metric, rows)
+        tied = int(np.searchsorted(all_keys[0], all_keys[0, k - 1], side="right"))
+        ids = view.memtable.ids
+        best = sorted(range(tied), key=lambda i: (all_keys[0, i], ids[all_rows[0, i]]))[:k]
+        keys[query, :k] = all_keys[0, best]
+        found[query, :k] = all_rows[0, best]
+    return keys[:, :k], found[:, :k]
 
 
 def _explain_pruned(segment: SegmentId, rows: int, reason: str) -> dict[str, Any]:
     return {"segment": segment, "rows": rows, "pruned": True, "reason": reason}
 
 
-def _merge(
-    parts: Sequence[tuple[int, npt.NDArray[np.float32], npt.NDArray[np.int64]]],
-    prepared: Prepared,
-) -> ShardHits:
-    """Merges per-part top-k lists of every query into the shard's top k."""
-    order, snapshot = prepared.order, prepared.snapshot
+def _explain_searched(
+    view: SegmentView, matching: BitMap | None, hits: SegmentHits
+) -> dict[str, Any]:
+    report = hits.report
+    return {
+        "segment": view.entry.id,
+        "rows": view.reader.rows,
+        "live": view.live,
+        "rows_passing": allowed_rows(view.reader.rows, view.alive, matching).count,
+        "pruned": False,
+        "plan": report.plan.value,
+        "reason": report.reason,
+        "family": report.family.value,
+        "rescore_factor": report.rescore_factor,
+        "expected_recall": report.expected_recall,
+        "rows_scanned": report.rows_scanned,
+        "rows_rescored": report.rows_rescored,
+    }
+
+
+def _merge(parts: Sequence[_Part], order: SearchOrder, snapshot: Snapshot) -> ShardHits:
+    """Merges the parts' top k of every query into the shard's top k."""
     counts: list[int] = []
     ids: list[bytes] = []
     seqs: list[int] = []
-    sources: list[tuple[int, int]] = []
-    kept_keys: list[npt.NDArray[np.float32]] = []
+    places: list[Place] = []
+    kept: list[Keys] = []
     for query in range(len(order.queries)):
-        if not parts:
-            counts.append(0)
-            continue
-        keys = np.concatenate([part[1][query] for part in parts])
-        rows = np.concatenate([part[2][query] for part in parts])
-        numbers = np.concatenate(
-            [np.full(len(part[2][query]), part[0], dtype=np.int64) for part in parts]
-        )
-        # Keep k, and all that tie with the last of them, then order ties by id.
-        real = np.flatnonzero(rows >= 0)
-        if len(real) > order.k:
-            bound = np.partition(keys[real], order.k - 1)[order.k - 1]
-            real = real[keys[real] <= bound]
-        chosen = []
-        for index in real:
-            number, row = int(numbers[index]), int(rows[index])
-            chosen.append((float(keys[index]), _id_at(snapshot, number, row), number, row))
-        chosen.sort()
-        del chosen[order.k :]
-        counts.append(len(chosen))
-        kept_keys.append(np.array([hit[0] for hit in chosen], dtype=np.float32))
-        for _, point_id, number, row in chosen:
-            ids.append(point_id)
-            sources.append((number, row))
-            seqs.append(_seq_at(snapshot, number, row))
-    return ShardHits(
-        counts=counts,
-        ids=ids,
-        keys=np.concatenate(kept_keys) if kept_keys else np.empty(0, dtype=np.float32),
-        seqs=seqs,
-        sources=sources,
-    )
+        keys, numbers, rows = _nearest(parts, query, order.k)
+        found = _ids_and_seqs(snapshot, numbers, rows)
+        hits = list(zip(keys.tolist(), *found, numbers, rows, strict=True))
+        if len(parts) > 1 or (parts and parts[0].number < 0):
+            # Ascending by key already. A segment alone is in the order of ids within equal keys
+            # too, because its rows are; everything else is not.
+            hits.sort(key=lambda hit: (hit[0], hit[1]))
+        del hits[order.k :]
+        counts.append(len(hits))
+        kept.append(np.array([hit[0] for hit in hits], dtype=np.float32))
+        ids += [hit[1] for hit in hits]
+        seqs += [hit[2] for hit in hits]
+        places += [(hit[3], hit[4]) for hit in hits]
+    all_keys = np.concatenate(kept) if kept else np.empty(0, dtype=np.float32)
+    return ShardHits(counts=counts, ids=ids, keys=all_keys, seqs=seqs, places=places)
 
 
-def _id_at(snapshot: Snapshot, number: int, row: int) -> bytes:
-    if number < 0:
-        return snapshot.memtables[-1 - number].memtable.ids[row]
-    return snapshot.segments[number].reader.id_of(row)
+def _nearest(parts: Sequence[_Part], query: int, k: int) -> tuple[Keys, list[int], list[int]]:
+    """Returns keys, part numbers and rows of the k nearest and all that tie with the last."""
+    if not parts:
+        return np.empty(0, dtype=np.float32), [], []
+    if len(parts) == 1:
+        number, part_keys, part_rows = parts[0]
+        count = int(np.count_nonzero(part_rows[query] >= 0))
+        return part_keys[query, :count], [number] * count, part_rows[query, :count].tolist()
+    keys = np.concatenate([part.keys[query] for part in parts])
+    rows = np.concatenate([part.rows[query] for part in parts])
+    numbers = np.repeat([part.number for part in parts], [part.rows.shape[1] for part in parts])
+    real = np.flatnonzero(rows >= 0)
+    if len(real) > k:
+        bound = np.partition(keys[real], k - 1)[k - 1]
+        real = real[keys[real] <= bound]
+    real = real[np.argsort(keys[real], kind="stable")]
+    return keys[real], numbers[real].tolist(), rows[real].tolist()
 
 
-def _seq_at(snapshot: Snapshot, number: int, row: int) -> int:
-    if number < 0:
-        return snapshot.memtables[-1 - number].memtable.seqs[row]
-    return int(snapshot.segments[number].reader.seqs[row])
-
-
-def tails_of(snapshot: Snapshot, sources: Sequence[tuple[int, int]]) -> list[bytes]:
-    """Returns the tails (domain/point.py) of rows named by (number, row)."""
-    return [
-        snapshot.memtables[-1 - number].memtable.tails[row]
-        if number < 0
-        else snapshot.segments[number].reader.tail(row)
-        for number, row in sources
-    ]
-
-
-def vectors_of(
-    snapshot: Snapshot, sources: Sequence[tuple[int, int]], dimension: int
-) -> Vectors:
-    """Returns the stored vectors, (rows, dimension) float32, of rows named by (number, row)."""
-    vectors = np.empty((len(sources), dimension), dtype=np.float32)
-    for place, (number, row) in enumerate(sources):
+def _ids_and_seqs(
+    snapshot: Snapshot, numbers: Sequence[int], rows: Sequence[int]
+) -> tuple[list[bytes], list[int]]:
+    """Returns ids and sequence numbers of rows, fetched at once where one segment has them all."""
+    if numbers and numbers[0] >= 0 and numbers.count(numbers[0]) == len(numbers):
+        reader = snapshot.segments[numbers[0]].reader
+        listed: npt.NDArray[np.int64] = np.array(rows, dtype=np.int64)
+        return reader.ids_of(listed), reader.seqs[listed].tolist()
+    ids, seqs = [], []
+    for number, row in zip(numbers, rows, strict=True):
         if number < 0:
-            vectors[place] = snapshot.memtables[-1 - number].vectors[row]
+            memtable = snapshot.memtables[-1 - number].memtable
+            ids.append(memtable.ids[row])
+            seqs.append(memtable.seqs[row])
         else:
-            vectors[place] = snapshot.segments[number].reader.vector(row)
-    return vectors
-
-
-def find_rows(
-    snapshot: Snapshot, ids: Sequence[bytes]
-) -> tuple[list[bytes], list[tuple[int, int]]]:
-    """Returns those of `ids` that live, in the order asked, and where each is."""
-    found_ids, sources = [], []
-    for point_id in ids:
-        source = _find_row(snapshot, point_id)
-        if source is not None:
-            found_ids.append(point_id)
-            sources.append(source)
-    return found_ids, sources
-
-
-def _find_row(snapshot: Snapshot, point_id: bytes) -> tuple[int, int] | None:
-    for number in reversed(range(len(snapshot.memtables))):
-        view = snapshot.memtables[number]
-        row = view.memtable.row_of.get(point_id)
-        if row is not None and row < view.rows and view.alive[row]:
-            return -1 - number, row
-    for number, segment in enumerate(snapshot.segments):
-        row = segment.reader.lookup_one(point_id)
-        if row >= 0 and segment.is_alive(row):
-            return number, row
-    return None
-
-
-def seqs_of(snapshot: Snapshot, sources: Sequence[tuple[int, int]]) -> list[int]:
-    return [_seq_at(snapshot, number, row) for number, row in sources]
-
-
-def scroll(
-    snapshot: Snapshot, after: bytes, limit: int, expression: Expression | None
-) -> tuple[list[bytes], list[tuple[int, int]]]:
-    """Returns up to `limit` live rows with id > after in byte order of ids, and where each is.
-
-    Segments keep their rows in the order of ids, so each is entered by binary search. Call from
-    the event loop (it evaluates memtable columns).
-    """
-    streams: list[Any] = []
-    for number, segment in enumerate(snapshot.segments):
-        matching = None if expression is None else segment.reader.evaluate(expression)
-        streams.append(_scroll_segment(number, segment, after, matching))
-    for number, view in enumerate(snapshot.memtables):
-        rows = _memtable_matches(snapshot, number, expression)
-        found = sorted(
-            (view.memtable.ids[row], -1 - number, row)
-            for row in rows
-            if view.memtable.ids[row] > after
-        )
-        streams.append(iter(found))
-    ids, sources = [], []
-    for point_id, number, row in islice(merge_sorted(*streams), limit):
-        ids.append(point_id)
-        sources.append((number, row))
-    return ids, sources
-
-
-def _scroll_segment(number: int, segment: SegmentView, after: bytes, matching: BitMap | None) -> Any:
-    reader = segment.reader
-    for row in range(reader.first_row_after(after), reader.rows):
-        if segment.is_alive(row) and (matching is None or row in matching):
-            yield reader.id_of(row), number, row
-
-
-def _memtable_matches(
-    snapshot: Snapshot, number: int, expression: Expression | None
-) -> list[int]:
-    view = snapshot.memtables[number]
-    live: list[int] = view.live_rows().tolist()
-    if expression is None:
-        return live
-    matching = view.memtable.columns.evaluate(expression)
-    return [row for row in live if row in matching]
-
-
-def count(snapshot: Snapshot, expression: Expression | None) -> int:
-    """Returns the number of live rows that match. Call from the event loop."""
-    if expression is None:
-        return snapshot.live
-    total = 0
-    for segment in snapshot.segments:
-        if rule_out(expression, segment.reader.statistics, segment.reader.rows) is None:
-            rows = np.array(segment.reader.evaluate(expression).to_array(), dtype=np.int64)
-            total += len(segment.alive_among(rows))
-    for number in range(len(snapshot.memtables)):
-        total += len(_memtable_matches(snapshot, number, expression))
-    return total
-
-
-def matching_ids(snapshot: Snapshot, expression: Expression, limit: int) -> list[bytes]:
-    """Returns the ids of up to `limit` live rows that match, for delete-by-filter."""
-    ids, _ = scroll(snapshot, b"", limit, expression)
-    return ids
+            reader = snapshot.segments[number].reader
+            ids.append(reader.id_of(row))
+            seqs.append(int(reader.seqs[row]))
+    return ids, seqs

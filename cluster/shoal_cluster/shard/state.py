@@ -387,4 +387,3 @@ def _lookup(reader: SegmentReader, ids: Sequence[bytes]) -> npt.NDArray[np.int64
     if len(ids) <= _LOOKUP_ONE_MAX:
         return np.array([reader.lookup_one(point_id) for point_id in ids], dtype=np.int64)
     return reader.lookup(ids)
-

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shoal.bulk import BulkUpload, Upload
 from shoal.errors import Indeterminate, InvalidRequest, ShoalError
-from shoal.retry import RetryPolicy
+from shoal.retry import Retries
 from shoal_protos.v1 import points_pb2, types_pb2
 from tests.unit.client.fake_server import detail
 
@@ -40,9 +40,8 @@ def upload(
         on_reply=lambda reply: None,
         progress=None if told is None else lambda done, total: told.append((done, total)),
     )
-    return BulkUpload(
-        work, in_flight=in_flight, timeout_s=timeout_s, policy=RetryPolicy(), random=Random(1)
-    )
+    retries = Retries(random=Random(1))
+    return BulkUpload(work, in_flight=in_flight, timeout_s=timeout_s, retries=retries)
 
 
 def ack(chunk_no: int, window: int = 4) -> points_pb2.UpsertStreamResponse:
@@ -193,7 +192,7 @@ def test_a_number_in_flight_out_of_range_is_refused() -> None:
 def test_under_any_schedule_the_bounds_hold_and_every_row_is_counted_once(
     count: int, in_flight: int, choices: list[tuple[int, int]]
 ) -> None:
-    """Random acknowledgements, refusals, losses and windows; then everything is acknowledged."""
+    """Invariants U-1, U-2, U-3: random acknowledgements, refusals, losses and windows, then peace."""
     bulk = upload(count, in_flight=in_flight, timeout_s=1e9)
     ids: dict[int, int] = {}
     outstanding: list[int] = []

@@ -71,9 +71,10 @@ def test_an_error_travels_with_all_its_fields(kind: str) -> None:
     run(scenario())
 
 
-def test_a_very_long_message_still_arrives() -> None:
+@pytest.mark.parametrize("letter", ["x", "é", "𝄞"])
+def test_a_very_long_message_still_arrives(letter: str) -> None:
     async def scenario() -> None:
-        error = Conflict("é" * 50_000, field="x" * 5000)
+        error = Conflict(letter * 50_000, field=letter * 5000, limit=letter * 5000)
         async with loopback(searching=Scripted(error)) as at:
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await SearchStub(at.channel).Search(REQUEST)

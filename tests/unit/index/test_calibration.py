@@ -56,6 +56,23 @@ def test_the_curve_rises_and_predicts_queries_it_never_saw(metric: Metric) -> No
         assert reached >= point.lower - 0.03, point
 
 
+def test_a_row_does_not_count_as_its_own_neighbour() -> None:
+    """Without structure, codes find a row itself and little else: counting it would flatter them."""
+    random = np.random.default_rng(7)
+    vectors = random.standard_normal((3300, 48), dtype=np.float32)
+    queries, vectors = vectors[3000:], vectors[:3000].copy()
+    index = FastScanIndex(train_fast_scan(vectors, Metric.L2, 1), vectors, Metric.L2)
+    true_keys = exact_top_k(vectors, queries, 10, Metric.L2)[0]
+
+    curve = measure_recall(index, vectors, Metric.L2, seed=1)
+
+    hard = [point for point in curve.points if point.k == 10 and point.recall < 0.9]
+    assert len(hard) >= 3
+    for point in hard:
+        keys = index.search(queries, 10, depth=10 * point.factor)[0]
+        assert float((keys <= true_keys[:, -1:]).mean()) >= point.recall - 0.025, point
+
+
 def test_the_same_seed_measures_the_same_curve() -> None:
     index, vectors, curve = measured(Metric.COSINE)
 

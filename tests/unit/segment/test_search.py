@@ -135,6 +135,27 @@ def test_filter_and_deletes_work_together(
 
 
 @pytest.mark.parametrize("exact", [False, True])
+def test_a_wide_filter_and_deletes_work_together(large: SegmentReader, exact: bool) -> None:
+    matching = large.evaluate(Comparison("size", Operator.GE, 2000))
+    dead = BitMap(range(0, LARGE, 2))
+    expected = np.array(sorted(set(matching) - set(dead)), dtype=np.int64)
+
+    hits = large.search(
+        QUERIES,
+        10,
+        alive=alive_bits(LARGE, dead),
+        matching=matching,
+        recall_target=0.98,
+        exact=exact,
+    )
+
+    assert hits.report.plan is (SearchPlan.EXACT if exact else SearchPlan.SCAN_BITMAP)
+    assert hits.report.rows_scanned == (len(expected) if exact else LARGE)
+    assert np.isin(hits.rows, expected).all()
+    assert recall(hits, brute_force(large, QUERIES, 10, expected)) >= 0.97
+
+
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("which", ["small", "large"])
 def test_all_rows_dead_give_padding_only(
     small: SegmentReader, large: SegmentReader, which: str, exact: bool
