@@ -27,12 +27,16 @@ import psutil
 
 from shoal_cluster.actors.calls import bounded
 from shoal_cluster.actors.configuration import CONTROLLER, ClusterConfiguration
+from shoal_cluster.actors.coordinator import ControllerClient
 from shoal_cluster.bucket.identity import open_identity
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.control.catalog import CatalogLog, Owner
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import Conflict, ShoalError, Unavailable
 from shoal_cluster.domain.ids import ServerId, SystemIdGenerator, cluster_uuid_text
+from shoal_cluster.edge.server import EdgeServer, Services, start_server
+from shoal_cluster.ingest.execute import Writer
+from shoal_cluster.query.execute import Searcher
 
 RAY_START_TIMEOUT_S = 90.0
 _RAY_POLL_S = 0.05
@@ -279,11 +283,25 @@ def _start_actors(
             max_task_retries=0,
             num_cpus=0,
             max_concurrency=1000,
-        ).remote(configuration)
+        ).remote(configuration, start_edge)
         address: str = _wait_for(controller.ready.remote(), READY_TIMEOUT_S)
     finally:
         ray.shutdown()
     return replace(cluster, grpc_address=address)
+
+
+async def start_edge(
+    address: str, searcher: Searcher, writer: Writer, control: ControllerClient
+) -> EdgeServer:
+    """Starts a coordinator's gRPC server; handed to actors, which do not know gRPC."""
+    services = Services(
+        control=control,
+        searching=searcher,
+        reading=searcher.rows,
+        writing=writer,
+        status=control,
+    )
+    return await start_server(address, services, ids=SystemIdGenerator())
 
 
 def _wait_for(reference: Any, timeout_s: float) -> Any:

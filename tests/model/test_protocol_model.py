@@ -16,7 +16,7 @@ from tests.model.protocol_model import (
     run_schedule,
 )
 
-CORRECT_SCHEDULES = 2500
+CORRECT_SCHEDULES = 1500
 
 # Where `make simulate` found the first violations of each variant; the rare ones start shortly
 # before it. Seeds replay exactly, so a window is a bound on the work and not a gamble.
@@ -104,6 +104,7 @@ def late_fence(variant: Variant, *, data_follows: bool) -> Violation | None:
 
     sleeper = shard.take_over()
     advance(sleeper, lambda: max(bucket.manifests.objects) == first.version + 1)
+    next(sleeper)  # lists the floor markers: its claim stands; it falls asleep before slot 2
     assert finish(shard.append_row(first))
 
     successor = finish(shard.take_over())

@@ -134,6 +134,7 @@ def test_plain_search_reaches_the_declared_recall(
 def test_every_declared_recall_is_reached(
     corpus: Corpus, segment: SegmentReader, target: float
 ) -> None:
+    """Invariant S-7."""
     recall, hits = recall_against_exact(segment, corpus.queries, 10, recall_target=target)
 
     assert recall >= target

@@ -34,7 +34,7 @@ REGISTRY = re.compile(
 
 INVARIANT = re.compile(r"\b([A-Z]{1,2}-\d{1,2})\b")
 # `M-1 text`, `- **M-1** text`, `| M-1 | text`: the id leads the line that says what must hold.
-DEFINITION = re.compile(r"^[\s>#*|-]*\**([A-Z]{1,2}-\d{1,2})\**[\s:.|]+\S")
+DEFINITION = re.compile(r'^[\s>#*|"-]*([A-Z]{1,2}-\d{1,2})\**[\s:.|]+\S')
 
 NONDETERMINISTIC_WHEN_UNSEEDED = {"Random", "default_rng", "RandomState"}
 
@@ -154,12 +154,15 @@ def unseeded_generators(root: Path) -> list[str]:
     return found
 
 
-def modules_of_the_sdk_with_randomness(root: Path) -> list[str]:
-    pattern = re.compile(r"^\s*(?:import random|from random import)\b", re.MULTILINE)
+def modules_of_the_sdk_with_shared_randomness(root: Path) -> list[str]:
+    """Finds calls of `random.random()` and its like; a `random.Random` handed in is fine."""
+    drawn = re.compile(
+        r"\brandom\.(?!Random\b)[a-z]\w*\(|^from random import (?!Random$)", re.MULTILINE
+    )
     return [
         str(path)
         for path in modules(root)
-        if path.parts[0] == "client" and pattern.search((root / path).read_text())
+        if path.parts[0] == "client" and drawn.search((root / path).read_text())
     ]
 
 
@@ -170,34 +173,37 @@ def package_of_invariants(path: Path) -> Path | None:
     return Path(*path.parts[: len(CLUSTER.parts) + 1])
 
 
-def loose_invariants(root: Path) -> list[str]:
-    """Finds ids in package READMEs that no docstring defines once, or that no test names.
+def definitions(root: Path, paths: list[Path]) -> dict[str, list[str]]:
+    """Returns for each invariant id the places whose line begins with it."""
+    places: dict[str, list[str]] = {}
+    for path in paths:
+        for number, line in enumerate((root / path).read_text().splitlines(), start=1):
+            if match := DEFINITION.match(line):
+                places.setdefault(match[1], []).append(f"{path.name}:{number}")
+    return places
 
-    An id belongs to its package: the README quotes it, exactly one module of the same package
-    defines it at the start of a docstring's or comment's line, and a test somewhere uses it.
+
+def loose_invariants(root: Path) -> list[str]:
+    """Finds invariant ids in package READMEs that are not defined once, or that no test names.
+
+    One module of the package defines the id at the start of a docstring's or comment's line and the
+    README quotes it; or no module does, and the README itself defines it on one line.
     """
-    files = [path for path in modules(root)]
+    written = list(modules(root))
     tests = "\n".join(
         (root / path).read_text()
-        for path in files
+        for path in written
         if path.parts[0] in ("tests", "chaos") and path != Path("tests/unit/test_tidy.py")
     )
     found = []
     for readme in tracked_files(root):
         package = package_of_invariants(readme)
-        if readme.name != "README.md" or package is None or readme.parent != package:
+        if readme.name != "README.md" or readme.parent != package:
             continue
-        defined: dict[str, list[str]] = {}
-        for path in files:
-            if package_of_invariants(path) != package:
-                continue
-            for number, line in enumerate((root / path).read_text().splitlines(), start=1):
-                if match := DEFINITION.match(line):
-                    defined.setdefault(match[1], []).append(f"{path.name}:{number}")
+        in_code = definitions(root, [p for p in written if package_of_invariants(p) == package])
+        in_readme = definitions(root, [readme])
         for name in sorted(set(INVARIANT.findall((root / readme).read_text()))):
-            if name[0] == "R" and name[:2] == "R-" and package.name == "bucket":
-                continue
-            places = defined.get(name, [])
+            places = in_code.get(name) or in_readme.get(name, [])
             if len(places) != 1:
                 found.append(f"{readme}: {name} is defined {len(places)} times {places}")
             if not re.search(rf"\b{name}\b", tests):
@@ -215,6 +221,7 @@ RULES = [
     unpinned_constraints,
     packages_without_readme,
     unseeded_generators,
+    modules_of_the_sdk_with_shared_randomness,
     loose_invariants,
 ]
 
@@ -222,11 +229,6 @@ RULES = [
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
 def test_the_tree_breaks_no_rule(rule):
     assert rule(ROOT) == []
-
-
-def test_at_most_one_module_of_the_sdk_draws_random_numbers():
-    """Retry jitter is the one place; everything else of the SDK is deterministic."""
-    assert len(modules_of_the_sdk_with_randomness(ROOT)) <= 1
 
 
 def write(root: Path, name: str, text: str) -> None:
@@ -242,6 +244,10 @@ OFFENCES = {
     "unpinned_constraints": ("constraints.txt", "numpy @ file:///tmp/numpy.whl\n"),
     "packages_without_readme": ("cluster/shoal_cluster/wal/log.py", ""),
     "unseeded_generators": ("cluster/shoal_cluster/a.py", "import random\nr = random.Random()\n"),
+    "modules_of_the_sdk_with_shared_randomness": (
+        "client/shoal/a.py",
+        "import random\nx = random.uniform(0, 1)\n",
+    ),
     "loose_invariants": ("cluster/shoal_cluster/wal/README.md", "W-1 slots are contiguous\n"),
 }
 
@@ -255,11 +261,12 @@ def test_each_rule_can_fail(rule, tmp_path):
 
 def test_an_invariant_defined_once_and_used_by_a_test_is_accepted(tmp_path):
     write(tmp_path, "cluster/shoal_cluster/wal/README.md", "- **W-1**: slots are contiguous\n")
-    write(tmp_path, "cluster/shoal_cluster/wal/log.py", '"""Log.\n\nW-1 slots are contiguous.\n"""\n')
+    defined = '"""W-1 slots are contiguous."""\n'
+    write(tmp_path, "cluster/shoal_cluster/wal/log.py", defined)
     write(tmp_path, "tests/unit/test_wal.py", '"""Checks W-1."""\n')
     assert loose_invariants(tmp_path) == []
 
-    write(tmp_path, "cluster/shoal_cluster/wal/again.py", '"""W-1 slots are contiguous."""\n# W-1 x\n')
+    write(tmp_path, "cluster/shoal_cluster/wal/again.py", defined)
     assert len(loose_invariants(tmp_path)) == 1
 
 

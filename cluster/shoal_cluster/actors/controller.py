@@ -21,7 +21,7 @@ from shoal_cluster.actors.configuration import (
     NAMESPACE,
     ClusterConfiguration,
 )
-from shoal_cluster.actors.coordinator import Coordinator
+from shoal_cluster.actors.coordinator import Coordinator, StartEdge
 from shoal_cluster.actors.process import configure_logging, make_pool
 from shoal_cluster.actors.shard_server import REPORT, ShardServer
 from shoal_cluster.actors.status import cluster_status
@@ -155,8 +155,9 @@ class RayServers:
 class CoordinatorAudience:
     """The Audience port: coordinators get every topology, and again when they come back."""
 
-    def __init__(self, configuration: ClusterConfiguration) -> None:
+    def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
         self._configuration = configuration
+        self._start_edge = start_edge
         self._topology: Topology | None = None
         self._sent: tuple[str, int] | None = None
         self._handle: ActorHandle[Any] | None = None
@@ -214,7 +215,7 @@ class CoordinatorAudience:
                 num_cpus=0,
                 max_concurrency=1000,
                 **_RESTART,
-            ).remote(configuration)
+            ).remote(configuration, self._start_edge)
         return self._handle
 
 
@@ -222,14 +223,14 @@ class CoordinatorAudience:
 class Controller:
     """See actors/README.md for the life of an actor."""
 
-    def __init__(self, configuration: ClusterConfiguration) -> None:
+    def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
         configure_logging(configuration, CONTROLLER)
         self._configuration = configuration
         self._clock = SystemClock()
         self._started_ms = self._clock.wall_ms()
         self._pool = make_pool(configuration, CONTROLLER)
         self._servers = RayServers(configuration, self._pool)
-        self._audience = CoordinatorAudience(configuration)
+        self._audience = CoordinatorAudience(configuration, start_edge)
         self._loop = ControlLoop(
             store=open_store(configuration.bucket),
             clock=self._clock,

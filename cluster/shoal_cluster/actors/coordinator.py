@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 import structlog
@@ -26,7 +26,6 @@ from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.schema_change import SchemaChange
 from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
 from shoal_cluster.domain.topology import Topology
-from shoal_cluster.edge.server import EdgeServer, Services, start_server
 from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.query.execute import Searcher
 
@@ -128,19 +127,40 @@ def _id_of(topology: Topology, name: str) -> str | None:
     return None if place is None else place.schema.id
 
 
+class RunningEdge(Protocol):
+    """The gRPC server of this process; edge/server.py EdgeServer."""
+
+    address: str
+
+    async def set_serving(self, serving: bool) -> None: ...
+
+    async def close(self, drain_s: float = 5.0) -> None: ...
+
+
+class StartEdge(Protocol):
+    """Starts the gRPC server at `host:port`. bootstrap.py passes it: only edge/ knows gRPC."""
+
+    async def __call__(
+        self, address: str, searcher: Searcher, writer: Writer, control: ControllerClient
+    ) -> RunningEdge:
+        """Raises: Conflict when the port is in use."""
+        ...
+
+
 @ray.remote
 class Coordinator:
     """See actors/README.md for the life of an actor."""
 
-    def __init__(self, configuration: ClusterConfiguration) -> None:
+    def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
         configure_logging(configuration, COORDINATOR)
         self._configuration = configuration
+        self._start_edge = start_edge
         self._clock = SystemClock()
         self._incarnation = SystemIdGenerator().hex(8)
         self._started_ms = self._clock.wall_ms()
         self._board = TopologyBoard(configuration.cluster_uuid)
         self._pool = make_pool(configuration, COORDINATOR)
-        self._server: asyncio.Task[EdgeServer] | None = None
+        self._server: asyncio.Task[RunningEdge] | None = None
 
     async def describe(self) -> tuple[str, str, int, int]:
         """Returns incarnation, gRPC address, pid and start (ms), once the server listens.
@@ -166,21 +186,16 @@ class Coordinator:
             await (await self._server).close(drain_s=1.0)
         await self._pool.close_all()
 
-    async def _start(self) -> EdgeServer:
+    async def _start(self) -> RunningEdge:
         caller = LinkCaller(self._pool, self._board)
         searcher = Searcher(caller=caller, topology=self._board, clock=self._clock)
         writer = Writer(caller=caller, topology=self._board, clock=self._clock)
         control = ControllerClient(self._configuration, self._board)
-        server = await start_server(
+        server = await self._start_edge(
             f"{self._configuration.grpc_host}:{self._configuration.grpc_port}",
-            Services(
-                control=control,
-                searching=searcher,
-                reading=searcher.rows,
-                writing=writer,
-                status=control,
-            ),
-            ids=SystemIdGenerator(),
+            searcher,
+            writer,
+            control,
         )
         # Until the first topology arrives every request would only wait.
         await server.set_serving(self._board.current().version > 0)

@@ -80,8 +80,9 @@ def merge_top_k(
             begin = begins[shard]
             end = begins[shard] = begin + hits.counts[query]
             candidates += zip(keys[begin:end], ids[begin:end], range(begin, end), strict=True)
-        # Tuples order by key, then id. Timsort merges the shards' runs without sorting them again;
-        # for one query of four shards this takes a tenth of numpy's lexsort.
+        # Tuples order by key, then id, and timsort merges the shards' runs as they are. Measured
+        # against numpy's lexsort with ties broken apart: 30 to 48 µs for one query of four shards
+        # and k 10, the same within a tenth for 64 queries or k 1,000.
         candidates.sort()
         seen = set() if excluded is None else {excluded[query]}
         before = len(chosen)

@@ -33,7 +33,6 @@ from shoal_cluster.shard.compute import Compute
 from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_cluster.wal.log import Wal
 
-
 _NO_SLOT = Slot(0)
 
 

@@ -181,7 +181,8 @@ class Composition:
                 wanted = "absent" if seq == 0 else f"at seq {seq}"
                 found = "absent" if actual == 0 else f"at seq {actual}"
                 raise Conflict(
-                    f"point {point_id.decode(errors='replace')!r} should be {wanted} but is {found}; nothing of the "
+                    f"point {point_id.decode(errors='replace')!r} should be {wanted} but is "
+                    f"{found}; nothing of the "
                     "request was applied to this shard",
                     field="if_absent" if call.if_seqs is None else f"points[{index}].if_seq",
                 )

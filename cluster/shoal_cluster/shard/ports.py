@@ -1,4 +1,4 @@
-"""What a shard needs from outside, injected, so that the same code runs in actors and simulation."""
+"""What a shard needs from outside, injected: the same code runs in actors and in simulation."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -284,7 +284,7 @@ class Primary:
         return True
 
     async def _confirm(self, group: _Group) -> bool:
-        """Makes sure that the state was the newest, where no append does so; False if it was not."""
+        """Makes sure that the state was the newest, where no append does so; False if not."""
         try:
             await self._replica.probe()
         except Unavailable as error:

@@ -126,7 +126,7 @@ class Replica:
         await asyncio.shield(self._probe)
 
     def offer(self, slot: Slot, body: bytes) -> None:
-        """Takes a durable record that the primary pushed; anything out of order waits or is dropped.
+        """Takes a durable record that the primary pushed; out of order it waits or is dropped.
 
         Followers apply in slot order only, whatever arrives when.
         """

@@ -246,13 +246,15 @@ class Sealer:
         child = self._child(parent, views)
         if child.sum != parent.sum:
             raise Corrupt(
-                f"compaction of {sorted(dead_before)} changed the live rows' sum from {parent.sum:016x} "
+                f"compaction of {sorted(dead_before)} changed the live rows' sum from "
+                f"{parent.sum:016x} "
                 f"to {child.sum:016x} (M-1); nothing was committed"
             )
         await self._commit(parent, child, views)
 
     async def _bury(self, view: SegmentView, rows: npt.NDArray[np.int64]) -> SegmentView:
         """Returns the view with `rows` dead for good, their tombstones stored."""
+        assert (rows >= 0).all(), "every buried row was found in the segment"
         added = from_rows(rows.astype(np.uint32)) - view.sealed_dead
         if not added:
             return open_view(view.entry, view.reader, view.sealed_dead)

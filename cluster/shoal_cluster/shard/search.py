@@ -192,6 +192,8 @@ def _explain_searched(
 
 def _merge(parts: Sequence[_Part], order: SearchOrder, snapshot: Snapshot) -> ShardHits:
     """Merges the parts' top k of every query into the shard's top k."""
+    if len(parts) == 1 and parts[0].number >= 0:
+        return _hits_of_segment(parts[0], snapshot)
     counts: list[int] = []
     ids: list[bytes] = []
     seqs: list[int] = []
@@ -201,10 +203,7 @@ def _merge(parts: Sequence[_Part], order: SearchOrder, snapshot: Snapshot) -> Sh
         keys, numbers, rows = _nearest(parts, query, order.k)
         found = _ids_and_seqs(snapshot, numbers, rows)
         hits = list(zip(keys.tolist(), *found, numbers, rows, strict=True))
-        if len(parts) > 1 or (parts and parts[0].number < 0):
-            # Ascending by key already. A segment alone is in the order of ids within equal keys
-            # too, because its rows are; everything else is not.
-            hits.sort(key=lambda hit: (hit[0], hit[1]))
+        hits.sort(key=lambda hit: (hit[0], hit[1]))
         del hits[order.k :]
         counts.append(len(hits))
         kept.append(np.array([hit[0] for hit in hits], dtype=np.float32))

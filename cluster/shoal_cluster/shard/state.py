@@ -159,8 +159,8 @@ class ShardState:
         found = (record.slot, record.first_seq, record.prev_put_id)
         if found != (self.slot + 1, self.seq + 1, self.last_put_id) or record.epoch < self.epoch:
             raise Corrupt(
-                f"record of slot {record.slot}, seq {record.first_seq}, epoch {record.epoch}, after "
-                f"put {record.prev_put_id.hex()} does not follow slot {self.slot}, seq {self.seq}, "
+                f"record of slot {record.slot}, seq {record.first_seq}, epoch {record.epoch}, "
+                f"after put {record.prev_put_id.hex()} does not follow slot {self.slot}, seq {self.seq}, "
                 f"epoch {self.epoch}, put {self.last_put_id.hex()} (R-1)"
             )
         if record.memtable_start == record.slot and self.active.start_slot != record.slot:

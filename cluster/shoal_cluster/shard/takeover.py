@@ -42,7 +42,6 @@ async def take_over(replica: Replica) -> Epoch:
         raise Conflict(
             f"shard {replica.keys.shard}: epoch {epoch} was overtaken between claim and fence"
         )
-    replica.manifest = newest
     await replica.wal.make_durable()
     _log.info("shard_taken_over", shard=replica.keys.shard, epoch=epoch, slot=fence_slot)
     return epoch

@@ -19,7 +19,6 @@ from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.point import Vectors
 
-
 FIRST_PUT_ID = bytes(16)
 """What slot 1 names as its predecessor."""
 

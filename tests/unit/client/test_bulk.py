@@ -192,7 +192,7 @@ def test_a_number_in_flight_out_of_range_is_refused() -> None:
 def test_under_any_schedule_the_bounds_hold_and_every_row_is_counted_once(
     count: int, in_flight: int, choices: list[tuple[int, int]]
 ) -> None:
-    """Invariants U-1, U-2, U-3: random acknowledgements, refusals, losses and windows, then peace."""
+    """U-1, U-2, U-3: random acknowledgements, refusals, losses and windows, then peace."""
     bulk = upload(count, in_flight=in_flight, timeout_s=1e9)
     ids: dict[int, int] = {}
     outstanding: list[int] = []

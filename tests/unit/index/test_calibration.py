@@ -57,7 +57,7 @@ def test_the_curve_rises_and_predicts_queries_it_never_saw(metric: Metric) -> No
 
 
 def test_a_row_does_not_count_as_its_own_neighbour() -> None:
-    """Without structure, codes find a row itself and little else: counting it would flatter them."""
+    """Without structure, codes find a row itself and little else: counting it would flatter."""
     random = np.random.default_rng(7)
     vectors = random.standard_normal((3300, 48), dtype=np.float32)
     queries, vectors = vectors[3000:], vectors[:3000].copy()

@@ -195,6 +195,38 @@ def test_a_timeout_means_what_the_caller_said_and_cancels_the_handler(
     place.run(main())
 
 
+class StoppedClock:
+    """A clock by which no deadline ever passes."""
+
+    def monotonic_s(self) -> float:
+        return 7.0
+
+    def wall_ms(self) -> int:
+        return 0
+
+    async def sleep(self, duration_s: float) -> None:
+        raise AssertionError("nothing sleeps here")
+
+
+def test_each_side_ends_a_late_call_without_the_other(memory: Place) -> None:
+    """With one side's clock stopped, the other's deadline alone must cancel the handler."""
+
+    async def main() -> None:
+        gate = Gate()
+        async with memory.linked({"gate": gate}, clock=StoppedClock()) as link:
+            with pytest.raises(Unavailable):
+                await link.call("gate", None, timeout_s=0.05, on_lost=READ)
+            assert await gate.ended == "cancelled"
+        gate = Gate()
+        async with memory.listening({"gate": gate}) as (_, address):
+            link = await memory.connect(address, clock=StoppedClock())
+            with pytest.raises(Indeterminate, match="cancelled while it was served"):
+                await link.call("gate", None, timeout_s=0.05, on_lost=READ)
+            await link.close()
+
+    memory.run(main())
+
+
 def test_deadlines_fire_each_in_its_time(memory: Place) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -237,7 +269,8 @@ def test_a_cancelled_call_cancels_the_handler(place: Place) -> None:
     async def main() -> None:
         gate = Gate()
         async with place.linked({"gate": gate, "echo": echo}) as link:
-            call = asyncio.create_task(link.call("gate", None, timeout_s=10, on_lost=WRITE))
+            # Its deadline, which would cancel the handler too, is after the end of this test.
+            call = asyncio.create_task(link.call("gate", None, timeout_s=60, on_lost=WRITE))
             await gate.started.wait()
             call.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -202,7 +202,14 @@ def test_strangers_get_no_answer_to_calls_and_no_reason(sockets: Place) -> None:
                 async with raw(address) as (reader, writer):
                     writer.write(first)
                     assert await all_bytes(reader) == b""
-            # Between the two HELLOs, too.
+            # Without the right proof there is no WELCOME, only the refusal.
+            async with raw(address) as (reader, writer):
+                writer.write(frame_bytes(FrameType.HELLO, 0, ["shoal-link", 1, b"n" * 32, "x"]))
+                await reader.readexactly(len(frame_bytes(FrameType.HELLO, 0, [1, b"n" * 32])))
+                writer.write(frame_bytes(FrameType.HELLO, 0, b"p" * 32))
+                (refusal,) = FrameDecoder().feed(await all_bytes(reader))
+                assert refusal.type is FrameType.ERROR
+            # Nor is anything served between the two HELLOs.
             async with raw(address) as (reader, writer):
                 hello = frame_bytes(FrameType.HELLO, 0, ["shoal-link", 1, b"n" * 32, "x"])
                 call = frame_bytes(FrameType.REQUEST, 1, ["never", 1000, None])

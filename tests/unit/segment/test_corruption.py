@@ -46,6 +46,7 @@ def test_an_untouched_segment_verifies(pristine: BuiltSegment) -> None:
 def test_a_flipped_bit_anywhere_is_found_and_the_file_named(
     pristine: BuiltSegment, tmp_path: Path, name: str
 ) -> None:
+    """Invariant S-5."""
     paths = copied(pristine, tmp_path)
     body = bytearray(paths[name].read_bytes())
     for position in sampled_positions(len(body)):
@@ -104,6 +105,7 @@ def test_opening_without_a_file_fails_cleanly(pristine: BuiltSegment, name: str)
 def test_a_file_of_another_segment_is_refused(
     pristine: BuiltSegment, tmp_path: Path, name: str
 ) -> None:
+    """Invariant S-3."""
     other = build_segment(random_rows(12_002, 48), SCHEMA, tmp_path, seed=7)
     paths = paths_of(pristine) | {name: paths_of(other)[name]}
 

@@ -13,6 +13,7 @@ from shoal_cluster.segment.deletes import alive_bits, decode_tombstones, encode_
 @given(st.data(), st.integers(1, 5000))
 @settings(max_examples=60)
 def test_tombstones_and_alive_bits_agree(data: st.DataObject, rows: int) -> None:
+    """Invariant S-8 among others."""
     dead = BitMap(data.draw(st.sets(st.integers(0, rows - 1), max_size=200)))
 
     decoded = decode_tombstones(encode_tombstones(rows, dead), rows, key="one/tombstones")

@@ -49,6 +49,7 @@ def segment_inputs(draw: st.DrawFn) -> tuple[SegmentInput, list[dict[str, object
 @given(segment_inputs())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_row_is_read_back_exactly(case: tuple[SegmentInput, list[dict[str, object]]]) -> None:
+    """Invariant S-4 among others."""
     rows, attributes = case
     with tempfile.TemporaryDirectory() as directory:
         built, reader = build_and_open(rows, Path(directory), Metric.DOT)
@@ -117,6 +118,7 @@ def test_an_exported_selection_builds_an_equal_segment(tmp_path: Path) -> None:
 
 
 def test_the_same_rows_and_seed_give_the_same_bytes(tmp_path: Path) -> None:
+    """Invariant S-1."""
     rows, schema = random_rows(2000, 300), schema_of(300)
     checksums = []
     for name in ("first", "second"):
