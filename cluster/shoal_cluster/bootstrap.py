@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -114,11 +113,11 @@ def up(options: UpOptions) -> RunningCluster:
             field="bucket",
         )
     run_directory = Path(tempfile.mkdtemp(prefix="shoal-"))
-    ray_process: subprocess.Popen[bytes] | None = None
+    ray_pid: int | None = None
     try:
         if options.ray_address is None:
             options.on_step("starting Ray on this machine")
-            ray_process, ray_address = _start_ray(run_directory)
+            ray_pid, ray_address = _start_ray(run_directory)
         else:
             ray_address = options.ray_address
         options.on_step("starting controller, coordinator and shard servers")
@@ -129,15 +128,15 @@ def up(options: UpOptions) -> RunningCluster:
             bucket=bucket,
             grpc_address="",
             ray_address=ray_address,
-            ray_pid=None if ray_process is None else ray_process.pid,
+            ray_pid=ray_pid,
             namespace="shoal",
             run_directory=str(run_directory),
             started_ms=SystemClock().wall_ms(),
         )
         cluster = _start_actors(options, cluster, cluster_uuid)
     except BaseException:
-        if ray_process is not None:
-            _stop_ray(ray_process.pid)
+        if ray_pid is not None:
+            _stop_ray(ray_pid)
         shutil.rmtree(run_directory, ignore_errors=True)
         raise
     _write_state(cluster, options.state_directory)
@@ -192,12 +191,13 @@ def _serves(owner: Owner, cluster_uuid: bytes) -> bool:
             return False
 
 
-def _start_ray(run_directory: Path) -> tuple[subprocess.Popen[bytes], str]:
-    """Starts `ray start --block` in a session of its own; returns it and its address."""
+def _start_ray(run_directory: Path) -> tuple[int, str]:
+    """Starts `ray start --block` in a session of its own; returns its pid and Ray's address."""
     port = _free_port()
     log = run_directory / "ray.log"
+    ray = str(Path(sys.executable).with_name("ray"))
     command = [
-        str(Path(sys.executable).with_name("ray")),
+        ray,
         "start",
         "--head",
         "--block",
@@ -209,25 +209,32 @@ def _start_ray(run_directory: Path) -> tuple[subprocess.Popen[bytes], str]:
         "--disable-usage-stats",
         f"--temp-dir={run_directory / 'ray'}",
     ]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with log.open("wb") as output, Path(os.devnull).open("rb") as nothing:
+        pid = os.posix_spawn(
+            ray,
             command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=_ray_environment(),
+            _ray_environment(),
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, nothing.fileno(), 0),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 1),
+                (os.POSIX_SPAWN_DUP2, output.fileno(), 2),
+            ],
+            setsid=True,
         )
     clock = SystemClock()
     deadline_s = clock.monotonic_s() + RAY_START_TIMEOUT_S
+    process = psutil.Process(pid)
     while b"Ray runtime started" not in log.read_bytes():
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        ended = True
+        try:
             process.wait(_RAY_POLL_S)
-        if process.returncode is not None or clock.monotonic_s() > deadline_s:
-            _stop_ray(process.pid)
+        except psutil.TimeoutExpired:
+            ended = False
+        if ended or clock.monotonic_s() > deadline_s:
+            _stop_ray(pid)
             tail = log.read_text(errors="replace")[-2000:]
             raise Unavailable(f"Ray did not start; its last words:\n{tail}")
-    return process, f"{_RAY_NODE_ADDRESS}:{port}"
+    return pid, f"{_RAY_NODE_ADDRESS}:{port}"
 
 
 def _ray_environment() -> dict[str, str]:

@@ -108,9 +108,9 @@ def test_bad_write_is_refused_naming_the_field(name: str, collection: shoal.Coll
 
 
 SEARCHES: dict[str, tuple[Callable[[shoal.Collection], object], str]] = {
-    "wrong dimension": (lambda c: c.search(np.ones(DIMENSION - 1, dtype=np.float32)), "quer"),
-    "nan": (lambda c: c.search(_vector(_0=float("nan"))), "quer"),
-    "zero under cosine": (lambda c: c.search(np.zeros(DIMENSION, dtype=np.float32)), "quer"),
+    "wrong dimension": (lambda c: c.search(np.ones(DIMENSION - 1, dtype=np.float32)), "vectors"),
+    "nan": (lambda c: c.search(_vector(_0=float("nan"))), "vectors"),
+    "zero under cosine": (lambda c: c.search(np.zeros(DIMENSION, dtype=np.float32)), "vectors"),
     "k of 0": (lambda c: c.search(_vector(), k=0), "k"),
     "k over the limit": (lambda c: c.search(_vector(), k=1001), "k"),
     "undeclared attribute": (lambda c: c.search(_vector(), filter=F("wrod") == "a"), "filter"),

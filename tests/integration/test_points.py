@@ -135,10 +135,10 @@ def test_explain_tells_pruned_shards_and_plans(client: shoal.Client) -> None:
         made.upsert(points)
         found = made.search(points[0].vector, filter=F("color") == "red", explain=True)
         assert found.explain is not None
-        searched = [shard for shard in found.explain.shards if not shard.pruned]
+        searched = [shard for shard in found.explain.shards if shard.searched]
         assert len(searched) == 1
         assert len(found.explain.shards) == 4
-        assert all(shard.reason for shard in found.explain.shards if shard.pruned)
+        assert all(shard.reason for shard in found.explain.shards if not shard.searched)
         assert len(found) == 10
     finally:
         client.drop_collection("parted")

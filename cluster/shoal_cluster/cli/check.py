@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("bucket", metavar="BUCKET")
+@click.argument("place", metavar="BUCKET")
 @click.option("--fast", is_flag=True, help="Checksums and invariants only; rows are not decoded.")
 @shoal_command
-def check(session: Session, bucket: str, fast: bool) -> None:
+def check(session: Session, place: str, fast: bool) -> None:
     """Verifies every checksum and invariant in BUCKET (a directory or URL), without a cluster.
 
     Exit status 3 when there are problems; each is named with the object that has it. Reads only.
     """
-    _require_directory(bucket)
+    _require_directory(place)
     with session.output.progress("objects") as progress:
-        report = asyncio.run(_check(bucket, deep=not fast, progress=progress))
+        report = asyncio.run(_check(place, deep=not fast, progress=progress))
     found = len(report.problems)
     session.output.result(
-        {"bucket": bucket, "deep": not fast, **asdict(report)},
+        {"bucket": place, "deep": not fast, **asdict(report)},
         *_tables(report),
         f"{found} problem{'' if found == 1 else 's'} in {report.objects:,} objects "
         f"({report.bytes / 2**20:,.1f} MiB): {report.collections:,} collections, "

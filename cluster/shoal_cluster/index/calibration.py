@@ -10,13 +10,12 @@ scan measures every factor at once.
 from dataclasses import dataclass
 from typing import Any, Final
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import Metric
-from shoal_cluster.index.distances import Rows, faiss_metric, gather_keys, use_one_thread
+from shoal_cluster.index.distances import Rows, exact_top_k, gather_keys
 from shoal_cluster.index.families import FastScanIndex
 
 QUERIES: Final = 200
@@ -101,7 +100,6 @@ def measure_recall(
     The same index, vectors and seed give the same curve. O(QUERIES · n · d): 100,000 × 384 takes
     about two seconds.
     """
-    use_one_thread()
     random = np.random.default_rng(seed)
     sample = np.sort(random.permutation(len(vectors))[:QUERIES])
     others = vectors[random.permutation(len(vectors))[:SPREAD_ROWS]]
@@ -139,11 +137,9 @@ def _measure(
     count = len(vectors)
     deepest = min(DEPTH_MAX, count - 1)
     found = _without(sample, index.candidates(queries, deepest + 1))
-    # Which rows are true may come from BLAS; their keys are computed again like the candidates'.
     k_true = min(K_CLASSES[-1], count - 1)
-    nearest = faiss.knn(queries, vectors, k_true + 1, metric=faiss_metric(metric))[1]
-    true_keys = gather_keys(vectors, queries, _without(sample, nearest), metric)
-    true_keys.sort(axis=1)
+    nearest = _without(sample, exact_top_k(vectors, queries, k_true + 1, metric)[1])
+    true_keys = gather_keys(vectors, queries, nearest, metric)
     found_keys = gather_keys(vectors, queries, found, metric)
     points: list[CurvePoint] = []
     for k in K_CLASSES:

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from pyroaring import BitMap
 
 from shoal_cluster.domain.ids import SegmentId
@@ -214,14 +213,24 @@ def _merge(parts: Sequence[_Part], order: SearchOrder, snapshot: Snapshot) -> Sh
     return ShardHits(counts=counts, ids=ids, keys=all_keys, seqs=seqs, places=places)
 
 
+def _hits_of_segment(part: _Part, snapshot: Snapshot) -> ShardHits:
+    """Returns what one segment found as it stands: its rows, hence its ties, are in id order."""
+    reader = snapshot.segments[part.number].reader
+    real = part.rows >= 0
+    rows = part.rows[real]
+    return ShardHits(
+        counts=np.count_nonzero(real, axis=1).tolist(),
+        ids=reader.ids_of(rows),
+        keys=part.keys[real],
+        seqs=reader.seqs[rows].tolist(),
+        places=[(part.number, row) for row in rows.tolist()],
+    )
+
+
 def _nearest(parts: Sequence[_Part], query: int, k: int) -> tuple[Keys, list[int], list[int]]:
     """Returns keys, part numbers and rows of the k nearest and all that tie with the last."""
     if not parts:
         return np.empty(0, dtype=np.float32), [], []
-    if len(parts) == 1:
-        number, part_keys, part_rows = parts[0]
-        count = int(np.count_nonzero(part_rows[query] >= 0))
-        return part_keys[query, :count], [number] * count, part_rows[query, :count].tolist()
     keys = np.concatenate([part.keys[query] for part in parts])
     rows = np.concatenate([part.rows[query] for part in parts])
     numbers = np.repeat([part.number for part in parts], [part.rows.shape[1] for part in parts])
@@ -229,18 +238,12 @@ def _nearest(parts: Sequence[_Part], query: int, k: int) -> tuple[Keys, list[int
     if len(real) > k:
         bound = np.partition(keys[real], k - 1)[k - 1]
         real = real[keys[real] <= bound]
-    real = real[np.argsort(keys[real], kind="stable")]
     return keys[real], numbers[real].tolist(), rows[real].tolist()
 
 
 def _ids_and_seqs(
     snapshot: Snapshot, numbers: Sequence[int], rows: Sequence[int]
 ) -> tuple[list[bytes], list[int]]:
-    """Returns ids and sequence numbers of rows, fetched at once where one segment has them all."""
-    if numbers and numbers[0] >= 0 and numbers.count(numbers[0]) == len(numbers):
-        reader = snapshot.segments[numbers[0]].reader
-        listed: npt.NDArray[np.int64] = np.array(rows, dtype=np.int64)
-        return reader.ids_of(listed), reader.seqs[listed].tolist()
     ids, seqs = [], []
     for number, row in zip(numbers, rows, strict=True):
         if number < 0:

@@ -160,8 +160,8 @@ class ShardState:
         if found != (self.slot + 1, self.seq + 1, self.last_put_id) or record.epoch < self.epoch:
             raise Corrupt(
                 f"record of slot {record.slot}, seq {record.first_seq}, epoch {record.epoch}, "
-                f"after put {record.prev_put_id.hex()} does not follow slot {self.slot}, seq {self.seq}, "
-                f"epoch {self.epoch}, put {self.last_put_id.hex()} (R-1)"
+                f"after put {record.prev_put_id.hex()} does not follow slot {self.slot}, "
+                f"seq {self.seq}, epoch {self.epoch}, put {self.last_put_id.hex()} (R-1)"
             )
         if record.memtable_start == record.slot and self.active.start_slot != record.slot:
             self._start_memtable(record.slot)

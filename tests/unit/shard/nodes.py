@@ -305,7 +305,7 @@ def colored(color: str) -> Expression:
 
 def points_of(replica: Replica, expression: Expression | None = None) -> dict[str, float]:
     """Returns what a replica shows: point to number, through scroll."""
-    from shoal_cluster.shard import rows  # noqa: PLC0415
+    from shoal_cluster.shard import rows
 
     snapshot = replica.state.snapshot()
     ids, places = rows.scroll(snapshot, b"", 1000, expression)
