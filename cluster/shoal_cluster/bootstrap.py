@@ -273,7 +273,7 @@ def _start_actors(
         cluster_uuid=cluster_uuid,
         bucket=cluster.bucket,
         run_directory=cluster.run_directory,
-        link_host=None,
+        link_host=None if cluster.ray_pid is not None else "",
         secret=bytes.fromhex(SystemIdGenerator().hex(32)),
         servers=tuple(ServerId(f"server-{number}") for number in range(options.servers)),
         search_threads=max(1, os.cpu_count() or 1),

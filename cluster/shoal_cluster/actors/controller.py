@@ -72,10 +72,10 @@ class RayServers:
         self._handles: dict[ServerId, ActorHandle[Any]] = {}
         self._addresses: dict[ServerId, LinkAddress] = {}
         self._describing: dict[ServerId, asyncio.Task[None]] = {}
+        self._nodes: dict[ServerId, str] = dict.fromkeys(configuration.servers, "")
 
     def placed(self) -> Mapping[ServerId, str]:
-        # One node for all until the cluster spans several: replicas still go to different servers.
-        return dict.fromkeys(self._configuration.servers, "")
+        return self._nodes
 
     async def report(self, server: ServerId) -> ServerReport:
         address = self._addresses.get(server)
@@ -91,7 +91,9 @@ class RayServers:
             if address not in self._pool.connected():
                 raise NotFound(f"server {server}: {error.message}") from error
             raise
-        return ServerReport.from_wire(reply.header)  # type: ignore[arg-type]
+        report = ServerReport.from_wire(reply.header)  # type: ignore[arg-type]
+        self._nodes[server] = report.node
+        return report
 
     async def carry_out(self, command: Command) -> None:
         handle = self._handle(command.server)
@@ -126,6 +128,7 @@ class RayServers:
                 get_if_exists=True,
                 num_cpus=configuration.server_cpus,
                 max_concurrency=1000,
+                scheduling_strategy="SPREAD",
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
                 **_RESTART,
             ).remote(configuration, server)

@@ -188,7 +188,9 @@ class Primary:
     async def _idle(self) -> None:
         self._wake.clear()
         try:
-            await asyncio.wait_for(self._wake.wait(), IDLE_PROBE_S)
+            # Not wait_for: Python 3.11's loses a cancellation that meets the event.
+            async with asyncio.timeout(IDLE_PROBE_S):
+                await self._wake.wait()
         except TimeoutError:
             try:
                 await self._replica.probe()

@@ -256,7 +256,9 @@ class Replica:
         """Probes on every wake and every POLL_S; the only place where a follower meets faults."""
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), POLL_S)
+                # Not wait_for: Python 3.11's loses a cancellation that meets the event.
+                async with asyncio.timeout(POLL_S):
+                    await self._wake.wait()
             self._wake.clear()
             if self.leader is not None:
                 continue

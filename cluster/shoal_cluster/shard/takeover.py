@@ -37,14 +37,19 @@ async def take_over(replica: Replica) -> Epoch:
     """
     epoch = await _claim_epoch(replica)
     fence_slot = await _fence(replica, epoch)
+    await _validate(replica, epoch, fence_slot)
+    await replica.wal.make_durable()
+    _log.info("shard_taken_over", shard=replica.keys.shard, epoch=epoch, slot=fence_slot)
+    return epoch
+
+
+async def _validate(replica: Replica, epoch: Epoch, fence_slot: Slot) -> None:
+    """Makes sure that nobody led, sealed and collected between our claim and our fence."""
     newest = await replica.manifests.newest()
     if newest is None or newest.epoch != epoch or newest.floor_slot >= fence_slot:
         raise Conflict(
             f"shard {replica.keys.shard}: epoch {epoch} was overtaken between claim and fence"
         )
-    await replica.wal.make_durable()
-    _log.info("shard_taken_over", shard=replica.keys.shard, epoch=epoch, slot=fence_slot)
-    return epoch
 
 
 async def _claim_epoch(replica: Replica) -> Epoch:

@@ -352,6 +352,22 @@ def test_a_late_retry_deletes_nothing_that_came_after_it() -> None:
     asyncio.run(scenario())
 
 
+def test_a_late_retry_whose_row_was_written_again_deletes_nothing_elsewhere() -> None:
+    async def scenario() -> None:
+        cluster, schema, writer = a_cluster(**PARTITIONED)
+        first = upsert("a", section=HERE)
+        await writer.upsert(first, timeout_s=5)
+        owner = cluster.shard(schema, shard_of_value(HERE, 4))
+        owner.seq += 1
+        owner.rows[b"a"].seq = owner.seq  # somebody wrote it again
+        elsewhere = cluster.shard(schema, shard_of_value(THERE, 4))
+        elsewhere.rows[b"a"] = owner.rows[b"a"]  # and somebody else, at the same time, there
+        await writer.upsert(first, timeout_s=5)
+        assert b"a" in elsewhere.rows
+
+    asyncio.run(scenario())
+
+
 def test_a_move_that_could_not_finish_is_unknown_and_a_retry_finishes_it() -> None:
     async def scenario() -> None:
         cluster, schema, writer = a_cluster(**PARTITIONED)

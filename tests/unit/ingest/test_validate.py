@@ -143,7 +143,7 @@ def test_rows_keep_what_was_given() -> None:
     request = upsert(
         vectors=with_row(1, [0, 3, 4, 0]),
         attributes=attributes(1, section="net", tags=["x", "y", "x"]),
-        payloads=[b"", b'{"n": 123456789012345678901234567890}', b""],
+        payloads=[b"", b'{"n": ' + b"9" * 100_000 + b"}", b""],
         provenance=[Provenance(), provenance, Provenance()],
     )
     batch, tails = check_batch(request, schema), Tails()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,19 @@ from shoal_cluster.domain.errors import (
     Overloaded,
     Unavailable,
 )
-from shoal_cluster.domain.ids import Epoch, Seq, ServerId, ShardNumber
+from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ServerId, ShardNumber
 from shoal_cluster.domain.partition import shard_of_id, shard_of_value
 from shoal_cluster.domain.schema import CollectionSchema, EmbeddingModel, Metric
 from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.filtering.expression import And, Comparison, Exists, In, Operator
 from shoal_cluster.query.execute import Searcher, SearchResult
-from shoal_cluster.query.hedging import HEDGE_BURST, HEDGE_SHARE, HedgeBudget, LatencyWindow
+from shoal_cluster.query.hedging import (
+    HEDGE_BURST,
+    HEDGE_SHARE,
+    HedgeBudget,
+    LatencyWindow,
+    first_answer,
+)
 from shoal_cluster.query.plan import Freshness, SearchRequest
 from tests.unit.query.fake_cluster import (
     EPOCH,
@@ -212,6 +219,18 @@ def test_a_dropped_collection_ends_a_waiting_read() -> None:
     asyncio.run(scenario())
 
 
+def test_a_collection_of_the_same_name_is_not_read_in_place_of_a_dropped_one() -> None:
+    async def scenario() -> None:
+        cluster, schema, searcher = a_cluster()
+        cluster.dead.add(ServerId("a"))
+        successor = replace(schema, id=CollectionId("d" * 32))
+        cluster.on_wait.append(lambda: cluster.add_collection(successor, [["b"]]) and None)
+        with pytest.raises(NotFound, match="dropped"):
+            await searcher.search(request(), timeout_s=5)
+
+    asyncio.run(scenario())
+
+
 def test_one_failing_shard_fails_the_search_and_ends_the_others() -> None:
     async def scenario() -> None:
         cluster = FakeCluster(SystemClock())
@@ -283,6 +302,29 @@ def test_cancelling_a_hedged_search_cancels_both_calls() -> None:
         assert sorted(cluster.cancelled) == ["a", "b"]
 
     asyncio.run(asyncio.wait_for(scenario(), 20))
+
+
+def test_a_caller_cancelled_just_when_its_hedge_wins_stays_cancelled() -> None:
+    async def scenario() -> None:
+        async def never() -> str:
+            await asyncio.Event().wait()
+            return "first"
+
+        async def ask() -> None:
+            caller = asyncio.current_task()
+            assert caller is not None
+
+            async def wins() -> str:
+                asyncio.get_running_loop().call_soon(caller.cancel)
+                return "second"
+
+            await first_answer(never(), wins, 0.0, elsewhere=(Unavailable,))
+
+        task = asyncio.ensure_future(ask())
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(asyncio.wait_for(scenario(), 5))
 
 
 def test_hedges_are_at_most_a_tenth_of_reads_in_the_long_run() -> None:
@@ -399,6 +441,16 @@ def test_a_search_by_id_leaves_out_each_point_from_its_own_hits_only() -> None:
         assert result.hits.counts == [29, 29]
         assert b"p001" not in first and b"p002" in first
         assert b"p002" not in second and b"p001" in second
+
+    asyncio.run(scenario())
+
+
+def test_a_search_by_id_still_finds_k_others() -> None:
+    async def scenario() -> None:
+        cluster, schema, searcher = a_cluster()
+        fill(cluster, schema, 10)
+        result = await searcher.search(request(queries=None, ids=(b"p001",), k=4), timeout_s=5)
+        assert len(result.hits.ids) == 4 and b"p001" not in result.hits.ids
 
     asyncio.run(scenario())
 

@@ -1,0 +1,386 @@
+"""Primary: order, group commit, acknowledgement, and the end of an epoch."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from shoal_cluster.bucket.memory import MemoryStore
+from shoal_cluster.bucket.store import PutOutcome
+from shoal_cluster.domain import limits
+from shoal_cluster.domain.errors import (
+    Conflict,
+    Indeterminate,
+    InvalidRequest,
+    NotPrimary,
+    Outcome,
+    Overloaded,
+    ShoalError,
+    Unavailable,
+)
+from shoal_cluster.domain.ids import Epoch
+from shoal_cluster.domain.session import Consistency, Position
+from shoal_cluster.shard.calls import ReadLevel
+from shoal_cluster.shard.primary import IDLE_PROBE_S
+from tests.unit.shard.nodes import (
+    KEYS,
+    Shard,
+    delete,
+    points_of,
+    run,
+    upsert,
+)
+
+STRONG = ReadLevel(consistency=Consistency.STRONG)
+
+
+class Gate(MemoryStore):
+    """A bucket whose creates under `wal/` wait until the gate opens, and may be refused."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        super().__init__(objects)
+        self.open = asyncio.Event()
+        self.open.set()
+        self.waiting = asyncio.Event()
+        self.creates = 0
+        self.refusal: ShoalError | None = None
+
+    async def create(self, key: str, body: bytes) -> PutOutcome:
+        if not key.startswith(KEYS.wal):
+            return await super().create(key, body)
+        self.creates += 1
+        self.waiting.set()
+        await self.open.wait()
+        if self.refusal is not None:
+            raise self.refusal
+        return await super().create(key, body)
+
+
+async def gated(tmp_path: Path) -> tuple[Shard, Gate, "object"]:
+    shard = await Shard(tmp_path).create()
+    gate = Gate(shard.objects)
+    node = await shard.node(store=gate).load()
+    await node.promote()
+    gate.waiting.clear()
+    return shard, gate, node
+
+
+def test_a_write_is_acknowledged_with_its_position_and_is_readable_then(tmp_path):
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        reply = await node.write(upsert(1, {"a": 1, "b": 2}))
+        assert (reply.position, reply.first_seq, reply.affected) == (Position(1, 2), 1, 2)
+        assert points_of(node.replica) == {"a": 1, "b": 2}
+        await node.crash()
+
+    run(scenario())
+
+
+def test_nothing_is_visible_or_acknowledged_before_its_record_is_durable(tmp_path):
+    """P-1, P-2."""
+
+    async def scenario():
+        shard, gate, node = await gated(tmp_path)
+        gate.open.clear()
+        writing = asyncio.ensure_future(node.write(upsert(1, {"a": 1})))
+        await gate.waiting.wait()
+        await asyncio.sleep(1)
+        assert not writing.done()
+        assert points_of(node.replica) == {}
+        gate.open.set()
+        await writing
+        assert points_of(node.replica) == {"a": 1}
+        assert KEYS.slot(node.replica.state.slot) in shard.objects
+        await node.crash()
+
+    run(scenario())
+
+
+def test_concurrent_writers_share_appends(tmp_path):
+    """64 writers of one row each, 20 rounds: at least 20 rows a PUT."""
+
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+
+        async def writer(number: int) -> None:
+            for turn in range(20):
+                await node.write(upsert(turn + 1, {f"{number}-{turn}": 1}, client=f"w{number}"))
+
+        await asyncio.gather(*(writer(number) for number in range(64)))
+        assert node.primary.operations == 64 * 20
+        assert node.primary.operations / node.primary.appends >= 20
+        assert node.replica.state.live == 64 * 20
+        await node.crash()
+
+    run(scenario())
+
+
+def test_only_one_append_is_under_way_at_a_time(tmp_path):
+    """P-1."""
+
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        gate.open.clear()
+        creates = gate.creates
+        writing = [asyncio.ensure_future(node.write(upsert(1, {"p1": 1})))]
+        await gate.waiting.wait()
+        writing += [asyncio.ensure_future(node.write(upsert(i, {f"p{i}": i}))) for i in range(2, 9)]
+        await asyncio.sleep(5)
+        assert gate.creates == creates + 1
+        gate.open.set()
+        await asyncio.gather(*writing)
+        # The first went alone, the seven that waited together.
+        assert gate.creates == creates + 2
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_refused_request_does_not_disturb_its_neighbours(tmp_path):
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        await node.write(upsert(1, {"a": 1}))
+        gate.open.clear()
+        calls = [
+            upsert(2, {"b": 2}),
+            upsert(3, {"a": 3}, if_absent=True),
+            delete(4, "a", if_seqs=[1, 2]),
+            upsert(5, {"c": 3}),
+        ]
+        writing = [asyncio.ensure_future(node.write(call)) for call in calls]
+        await asyncio.sleep(0.1)
+        gate.open.set()
+        results = await asyncio.gather(*writing, return_exceptions=True)
+        assert [type(result).__name__ for result in results] == [
+            "WriteReply",
+            "Conflict",
+            "InvalidRequest",
+            "WriteReply",
+        ]
+        assert isinstance(results[2], InvalidRequest)
+        assert points_of(node.replica) == {"a": 1, "b": 2, "c": 3}
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_retried_request_gets_its_first_answer_also_from_the_next_primary(tmp_path):
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        node = await shard.lead()
+        first = await node.write(upsert(1, {"a": 1}))
+        await node.write(delete(2, "a"))
+        assert await node.write(upsert(1, {"a": 1})) == first
+        await node.seal()
+        await node.crash()
+        heir = await shard.lead()
+        assert await heir.write(upsert(1, {"a": 1})) == first
+        assert points_of(heir.replica) == {}
+        await heir.crash()
+
+    run(scenario())
+
+
+def test_a_caller_that_gave_up_while_queued_has_done_nothing(tmp_path):
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        gate.open.clear()
+        first = asyncio.ensure_future(node.write(upsert(1, {"a": 1})))
+        await gate.waiting.wait()
+        second = asyncio.ensure_future(node.write(upsert(2, {"b": 2})))
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.sleep(0)
+        gate.open.set()
+        await first
+        await node.write(upsert(3, {"c": 3}))
+        assert points_of(node.replica) == {"a": 1, "c": 3}
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_put_that_surely_was_not_stored_is_unavailable_and_the_next_one_works(tmp_path):
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        gate.refusal = Unavailable("the disk is full")
+        with pytest.raises(Unavailable) as refused:
+            await node.write(upsert(1, {"a": 1}))
+        assert refused.value.outcome is Outcome.NOT_APPLIED
+        gate.refusal = None
+        await node.write(upsert(2, {"b": 2}))
+        assert points_of(node.replica) == {"b": 2}
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_broken_promise_of_the_disk_reaches_the_caller_as_it_is_and_ends_the_epoch(tmp_path):
+    class DiskLied(Indeterminate):
+        pass
+
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        gate.refusal = DiskLied("fsync failed")
+        with pytest.raises(DiskLied):
+            await node.write(upsert(1, {"a": 1}))
+        with pytest.raises(NotPrimary):
+            await node.write(upsert(2, {"a": 1}))
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_fenced_primary_says_it_does_not_know_and_then_that_it_does_not_lead(tmp_path):
+    """P-3."""
+
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        zombie = await shard.lead()
+        await zombie.write(upsert(1, {"a": 1}))
+        heir = await shard.lead()
+        await heir.write(upsert(1, {"b": 2}, client="other"))
+        with pytest.raises(Indeterminate):
+            await zombie.write(upsert(2, {"lost": 3}))
+        with pytest.raises(NotPrimary) as refused:
+            await zombie.write(upsert(3, {"lost": 4}))
+        assert refused.value.outcome is Outcome.NOT_APPLIED
+        await zombie.replica.wait_for(STRONG)
+        assert points_of(zombie.replica) == points_of(heir.replica) == {"a": 1, "b": 2}
+        await zombie.crash()
+        await heir.crash()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("call", [delete(9, "b"), upsert(9, {"a": 5}, if_absent=True)])
+def test_a_fenced_primary_answers_nothing_from_its_old_state(tmp_path, call):
+    """P-2: not even that there was nothing to delete, or that a condition fails."""
+
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        zombie = await shard.lead()
+        await zombie.write(upsert(1, {"a": 1}))
+        heir = await shard.lead()
+        await heir.write(upsert(1, {"b": 2}, client="other"))
+        await heir.write(delete(2, "a", client="other"))
+        shard.network.connected = False
+        with pytest.raises((Unavailable, Indeterminate)) as refused:
+            await zombie.write(call)
+        assert not isinstance(refused.value, Conflict)
+        await zombie.crash()
+        await heir.crash()
+
+    run(scenario())
+
+
+def test_a_condition_that_fails_at_the_living_primary_is_a_conflict(tmp_path):
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        await node.write(upsert(1, {"a": 1}))
+        appends = node.primary.appends
+        with pytest.raises(Conflict):
+            await node.write(upsert(2, {"a": 2}, if_absent=True))
+        assert node.primary.appends == appends, "a probe confirms it; nothing is written"
+        await node.crash()
+
+    run(scenario())
+
+
+def test_an_idle_primary_notices_by_itself_that_it_was_fenced(tmp_path):
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        shard.network.connected = False
+        zombie = await shard.lead()
+        heir = await shard.lead()
+        await asyncio.sleep(2 * IDLE_PROBE_S)
+        assert not zombie.primary.serving
+        assert zombie.replica.leader is None
+        assert zombie.replica.state.position == heir.replica.state.position
+        await zombie.crash()
+        await heir.crash()
+
+    run(scenario())
+
+
+def test_an_append_that_lands_after_the_epoch_ended_is_neither_acknowledged_nor_lost(tmp_path):
+    """P-3: the follower that the primary has become applies the record, once."""
+
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        gate.open.clear()
+        writing = asyncio.ensure_future(node.write(upsert(1, {"a": 1})))
+        await gate.waiting.wait()
+        node.primary._lose("a sealing failed")
+        gate.open.set()
+        with pytest.raises(Indeterminate):
+            await writing
+        await node.replica.wait_for(STRONG)
+        assert points_of(node.replica) == {"a": 1}
+        await node.crash()
+
+    run(scenario())
+
+
+def test_writes_are_slowed_down_and_not_dropped_when_sealing_cannot_keep_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "SEAL_OPERATIONS", 4)
+    monkeypatch.setattr(limits, "MEMTABLE_OPERATIONS_MAX", 8)
+
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        release = asyncio.Event()
+        builds = node.ports.builds
+        build = builds.build
+
+        async def slow_build(order):
+            await release.wait()
+            return await build(order)
+
+        monkeypatch.setattr(builds, "build", slow_build)
+        refused: Overloaded | None = None
+        for number in range(1, 40):
+            try:
+                await node.write(upsert(number, {f"p{number}": number}))
+            except Overloaded as error:
+                refused = error
+                break
+        assert refused is not None and refused.retry_after_ms is not None
+        assert refused.outcome is Outcome.NOT_APPLIED
+        release.set()
+        await node.settle()
+        await node.write(upsert(number, {f"p{number}": number}))
+        assert node.replica.state.live == number
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_closing_primary_answers_everybody(tmp_path):
+    async def scenario():
+        _, gate, node = await gated(tmp_path)
+        gate.open.clear()
+        flying = asyncio.ensure_future(node.write(upsert(1, {"a": 1})))
+        await gate.waiting.wait()
+        queued = asyncio.ensure_future(node.write(upsert(2, {"b": 2})))
+        await asyncio.sleep(0)
+        await node.primary.close()
+        with pytest.raises(Indeterminate):
+            await flying
+        with pytest.raises(NotPrimary):
+            await queued
+        await node.crash()
+
+    run(scenario())
+
+
+def test_an_epoch_is_claimed_once_and_grows(tmp_path):
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        epochs = []
+        for _ in range(3):
+            node = await shard.lead()
+            epochs.append(node.primary.epoch)
+            await node.crash()
+        assert epochs == [Epoch(1), Epoch(2), Epoch(3)]
+
+    run(scenario())
