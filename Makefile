@@ -101,4 +101,4 @@ fmt: $(DEV) ## format the code and sort its imports
 
 clean: ## remove what commands leave behind, except the virtual environment
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	@find client protos cluster chaos tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find $(wildcard client protos cluster chaos tests) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -23,8 +23,9 @@ MIX_MAX: Final = 0.5
 """At most half way: every made row stays nearer to the vector it began at."""
 
 NOISE: Final = 0.5
-"""Noise in standard deviations of each dimension. A made row's nearest real vector is then about
-as similar to it (0.86) as a query's nearest row is to the query at most."""
+"""Noise in standard deviations of each dimension. A made row then has a median similarity of 0.84
+with the nearest real one: no near-duplicate, and a neighbour still. Queries find their nearest row
+at 0.62 and their tenth at 0.52 among 100,000 rows."""
 
 TIE: Final = 1e-6
 """Similarities closer than this are equal: float32 sums in another order differ by less."""

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import pytest
 
 import shoal
+from chaos import cluster as clusters
 from shoal_cluster.bootstrap import RunningCluster
-from tests.integration import clusters
 
 
 @pytest.fixture(scope="session")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import shoal
+from chaos import cluster as clusters
 from shoal import F, Point
 from shoal_cluster import bootstrap
 from shoal_cluster.bootstrap import RunningCluster
 from shoal_cluster.bucket import envelope
 from shoal_cluster.domain.errors import Conflict
-from tests.integration import clusters
 
 DIMENSION = 8
 
@@ -188,9 +188,7 @@ def test_second_create_is_refused(collection: shoal.Collection, client: shoal.Cl
         ({"dimension": 4, "attributes": {"a-b": "int"}}, "attributes"),
     ],
 )
-def test_bad_schema_is_refused(
-    schema: dict[str, object], field: str, client: shoal.Client
-) -> None:
+def test_bad_schema_is_refused(schema: dict[str, object], field: str, client: shoal.Client) -> None:
     with pytest.raises(shoal.InvalidRequest) as refused:
         client.create_collection("never-made", **schema)  # type: ignore[arg-type]
     assert field in (refused.value.field or "")

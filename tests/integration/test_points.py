@@ -1,14 +1,14 @@
 """The data API end to end: SDK, gRPC, coordinator, links, shard servers, bucket."""
 
+import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-import grpc
 
 import shoal
+from chaos.cluster import wait_until
 from shoal import F, Point
 from shoal_cluster.bootstrap import RunningCluster
-from tests.integration.clusters import wait_until
 
 DIMENSION = 16
 
@@ -60,9 +60,7 @@ def test_search_equals_brute_force_over_memtable_and_segments(
     vectors = np.stack([point.vector for point in points])
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     wait_until(
-        lambda: all(
-            shard.segments for shard in client.status("points").collections[0].shards
-        ),
+        lambda: all(shard.segments for shard in client.status("points").collections[0].shards),
         timeout_s=60,
         what="every shard sealed a segment",
     )
@@ -162,9 +160,7 @@ def test_a_point_moves_with_its_partition_value(client: shoal.Client) -> None:
         client.drop_collection("moving")
 
 
-def test_replicas_agree_by_set_checksum(
-    collection: shoal.Collection, client: shoal.Client
-) -> None:
+def test_replicas_agree_by_set_checksum(collection: shoal.Collection, client: shoal.Client) -> None:
     collection.bulk_upsert(_points(3000))
     collection.delete_where(F("size") < 500)
     collection.upsert(_points(700, seed=5))

@@ -25,32 +25,59 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogObject(Stored):
-    """seq: the sequence number of the one row of a data object; meaningless on a fence."""
+    """A fence, or one row.
+
+    previous: the put id of the object in the slot before. next_seq: the sequence number of the row,
+    or on a fence the one to be given out next.
+    """
 
     epoch: int
     is_fence: bool
-    seq: int
+    previous: int
+    next_seq: int
     rows: Rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ManifestObject(Stored):
-    """floor_slot: every row up to and including this slot is in `rows`, the sealed segments.
+class Place:
+    """A place in the log: its slot, what is in it, and the last sequence number given out there."""
 
-    floor_seq: the last sequence number given out at or before that slot; floor_epoch: the epoch of
-    the object in it.
-    """
+    slot: int
+    epoch: int
+    put_id: int
+    seq: int
+
+    def leads_to(self, stored: LogObject) -> bool:
+        """Says whether an object found in the next slot may follow what is here."""
+        return (
+            stored.previous == self.put_id
+            and stored.next_seq == self.seq + 1
+            and stored.epoch >= self.epoch
+        )
+
+    def after(self, stored: LogObject) -> "Place":
+        """Returns the next place, with `stored` in it."""
+        return Place(
+            slot=self.slot + 1,
+            epoch=stored.epoch,
+            put_id=stored.put_id,
+            seq=self.seq if stored.is_fence else stored.next_seq,
+        )
+
+
+BEGINNING = Place(slot=0, epoch=0, put_id=0, seq=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ManifestObject(Stored):
+    """Every row up to and including the floor is in `rows`, the sealed segments."""
 
     epoch: int
-    floor_slot: int
-    floor_seq: int
-    floor_epoch: int
+    floor: Place
     rows: Rows
 
 
-EMPTY_MANIFEST = ManifestObject(
-    put_id=0, epoch=0, floor_slot=0, floor_seq=0, floor_epoch=0, rows=NO_ROWS
-)
+EMPTY_MANIFEST = ManifestObject(put_id=0, epoch=0, floor=BEGINNING, rows=NO_ROWS)
 
 S = TypeVar("S", bound=Stored)
 T = TypeVar("T")
@@ -156,7 +183,7 @@ def recover(bucket: Bucket) -> Rows:
     """Returns what a restart finds: the newest manifest and the contiguous log above its floor."""
     manifest = bucket.manifests.objects[max(bucket.manifests.objects)]
     rows = manifest.rows
-    slot = manifest.floor_slot + 1
+    slot = manifest.floor.slot + 1
     while (stored := bucket.wal.objects.get(slot)) is not None:
         rows |= stored.rows
         slot += 1

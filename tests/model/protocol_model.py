@@ -5,7 +5,7 @@ only put-if-absent, get, list and delete. Every step of an actor is one bucket o
 any two of them any other actor may run, or this one may stall, perhaps for ever: a stalled writer
 that wakes up is the zombie primary, one that never does is the crash. A put may be applied and
 answered, applied with its answer lost, or linger in the network and land at any later time, or
-never. At the end history.py checks what clients saw (H-1 to H-5).
+never. At the end history.py checks what clients saw (H-1 to H-6).
 
 Each `Variant` but CORRECT breaks one rule of the protocol. A checker that cannot fail is no
 evidence, so the tests demand that every broken variant is caught.
@@ -25,6 +25,7 @@ from tests.model.bucket import (
     LogObject,
     ManifestObject,
     Network,
+    Place,
     PutReply,
     Row,
     Rows,
@@ -56,12 +57,10 @@ class Variant(enum.Enum):
     """A writer moves to the next slot while the put of this one is unresolved."""
     EXISTS_TAKEN_AS_SUCCESS = "exists_taken_as_success"
     """A writer takes "exists" for its own earlier put, without reading it back."""
-    FLOOR_PASSED_UNREAD = "floor_passed_unread"
-    """A replica that is past the floor of a newer manifest keeps its own rows below it."""
-    GAP_UNNOTICED = "gap_unnoticed"
-    """A replica applies a record whose sequence number does not follow."""
-    TOKEN_LED_BY_EPOCH = "token_led_by_epoch"
-    """A session token counts as reached when the epoch is larger, whatever the sequence number."""
+    FENCE_TAKEN_ON_TRUST = "fence_taken_on_trust"
+    """A replica applies a fence without looking for a manifest that is newer than its own."""
+    CLAIM_OUTLIVED = "claim_outlived"
+    """A claimant that finds a manifest newer than its claim replays on from it and fences."""
 
 
 BROKEN_VARIANTS = tuple(variant for variant in Variant if variant is not Variant.CORRECT)
@@ -100,7 +99,7 @@ def draw_chances(random: Random) -> Chances:
     """Draws the chances of one schedule, so that schedules differ in kind and not only in order.
 
     Source: Groce et al., "Swarm testing", ISSTA 2012. Bursts are what showed that a late fence can
-    hide collected data (GAP_UNNOTICED); 7,000 schedules of one fixed setting without them had not.
+    hide collected data (FENCE_TAKEN_ON_TRUST); 7,000 schedules of one fixed setting without them had not.
     """
     return Chances(
         arrival=random.choice((0.03, 0.06)),
@@ -130,14 +129,11 @@ class Term:
 
     epoch: int
     version: int
-    tail: int
-    seq: int
+    tail: Place
     rows: set[Row]
 
     def add(self, stored: LogObject) -> None:
-        self.tail += 1
-        if not stored.is_fence:
-            self.seq = stored.seq
+        self.tail = self.tail.after(stored)
         self.rows |= stored.rows
 
 
@@ -145,35 +141,28 @@ class View:
     """What a replica shows: the sealed rows of a manifest and the log it applied above them."""
 
     def __init__(self, manifest: ManifestObject) -> None:
-        self.slot = manifest.floor_slot
-        self.position = Position(manifest.floor_epoch, manifest.floor_seq)
+        self.place = manifest.floor
         self._sealed = manifest.rows
-        self._applied: list[tuple[int, LogObject]] = []
+        self._applied: list[tuple[int, Rows]] = []
+
+    @property
+    def position(self) -> Position:
+        return Position(self.place.epoch, self.place.seq)
 
     def rows(self) -> Rows:
-        return self._sealed.union(*(stored.rows for _, stored in self._applied))
-
-    def follows(self, stored: LogObject) -> bool:
-        """Says whether a data object's sequence number is the next one. Fences carry none.
-
-        It is not when a fence that landed late fills the slot of data that was collected.
-        """
-        return stored.is_fence or stored.seq == self.position.seq + 1
+        return self._sealed.union(*(rows for _, rows in self._applied))
 
     def apply(self, stored: LogObject) -> None:
-        self.slot += 1
-        self._applied.append((self.slot, stored))
-        seq = self.position.seq if stored.is_fence else stored.seq
-        self.position = Position(max(self.position.epoch, stored.epoch), seq)
+        self.place = self.place.after(stored)
+        self._applied.append((self.place.slot, stored.rows))
 
     def rebase(self, manifest: ManifestObject) -> None:
         """Takes a newer manifest: below its floor only the sealed rows count, above it the log."""
+        floor = manifest.floor
         self._sealed = manifest.rows
-        self._applied = [entry for entry in self._applied if entry[0] > manifest.floor_slot]
-        self.slot = max(self.slot, manifest.floor_slot)
-        seqs = [stored.seq for _, stored in self._applied if not stored.is_fence]
-        seq = max([manifest.floor_seq, *seqs])
-        self.position = Position(max(self.position.epoch, manifest.floor_epoch), seq)
+        self._applied = [entry for entry in self._applied if entry[0] > floor.slot]
+        if floor.slot > self.place.slot:
+            self.place = floor
 
 
 class Shard:
@@ -232,6 +221,28 @@ class Shard:
         markers = yield from bucket.list_above(bucket.floors, -1)
         return not markers or version > markers[-1]
 
+    def _newer_manifest_listed(self, version: int) -> Steps[bool]:
+        listed = yield from self._bucket.list_above(self._bucket.manifests, version)
+        return bool(listed)
+
+    def _next_object(self, term: Term, *, rows: Rows) -> LogObject:
+        """Returns what a primary or claimant puts next: a fence when there are no rows."""
+        return LogObject(
+            put_id=self._unique(),
+            epoch=term.epoch,
+            is_fence=not rows,
+            previous=term.tail.put_id,
+            next_seq=term.tail.seq + 1,
+            rows=rows,
+        )
+
+    def _follows(self, place: Place, stored: LogObject) -> bool:
+        """Says whether an object may follow; notes it (H-6) when not."""
+        if place.leads_to(stored):
+            return True
+        self.history.broken_slots.add(place.slot + 1)
+        return False
+
     # ---- the writer
 
     def writer(self) -> Steps[None]:
@@ -256,30 +267,32 @@ class Shard:
             return None
         yield self._nap()
 
-        term = Term(
-            epoch=epoch,
-            version=version + 1,
-            tail=manifest.floor_slot,
-            seq=manifest.floor_seq,
-            rows=set(manifest.rows),
-        )
+        term = Term(epoch=epoch, version=version + 1, tail=manifest.floor, rows=set(manifest.rows))
         while True:
-            stored = yield from bucket.get(bucket.wal, term.tail + 1)
+            slot = term.tail.slot + 1
+            stored = yield from bucket.get(bucket.wal, slot)
             if stored is None:
-                fence = LogObject(
-                    put_id=self._unique(), epoch=epoch, is_fence=True, seq=0, rows=NO_ROWS
-                )
-                stored = yield from self.create(bucket.wal, term.tail + 1, fence)
+                fence = self._next_object(term, rows=NO_ROWS)
+                stored = yield from self.create(bucket.wal, slot, fence)
                 if stored is None:
                     term.add(fence)
                     break
             if stored.epoch > epoch:
                 return None
+            if stored.is_fence and (yield from self._newer_manifest_listed(term.version)):
+                if self._variant is not Variant.CLAIM_OUTLIVED:
+                    return None
+                term.version, manifest = yield from self.newest_manifest()
+                if manifest.floor.slot >= slot:
+                    term.tail, term.rows = manifest.floor, set(manifest.rows)
+                    continue
+            if not self._follows(term.tail, stored):
+                return None
             term.add(stored)
 
         if self._variant is not Variant.NO_VALIDATION:
             term.version, newest = yield from self.newest_manifest()
-            if newest.epoch != epoch or newest.floor_slot >= term.tail:
+            if newest.epoch != epoch or newest.floor.slot >= term.tail.slot:
                 return None
         self.history.takeovers += 1
         return term
@@ -288,26 +301,21 @@ class Shard:
         """Appends and acknowledges one row; False when another primary has fenced this one."""
         bucket = self._bucket
         row = self._unique()
-        record = LogObject(
-            put_id=self._unique(),
-            epoch=term.epoch,
-            is_fence=False,
-            seq=term.seq + 1,
-            rows=frozenset({row}),
-        )
+        record = self._next_object(term, rows=frozenset({row}))
+        slot = term.tail.slot + 1
         if self._variant is Variant.AMBIGUOUS_PUT_SKIPPED:
-            reply = yield from bucket.put(bucket.wal, term.tail + 1, record)
+            reply = yield from bucket.put(bucket.wal, slot, record)
             if reply is PutReply.UNKNOWN:
-                term.tail += 1
-                again = replace(record, put_id=self._unique())
-                reply = yield from bucket.put(bucket.wal, term.tail + 1, again)
+                record = replace(record, put_id=self._unique())
+                term.tail = replace(term.tail, slot=slot)
+                reply = yield from bucket.put(bucket.wal, slot + 1, record)
             mine = reply is PutReply.CREATED
         else:
-            mine = (yield from self.create(bucket.wal, term.tail + 1, record)) is None
+            mine = (yield from self.create(bucket.wal, slot, record)) is None
         if mine:
             term.add(record)
             self.history.acked_at[row] = bucket.now
-            self.history.tokens[row] = Position(term.epoch, record.seq)
+            self.history.tokens[row] = Position(term.epoch, record.next_seq)
         return mine
 
     def flush(self, term: Term) -> Steps[bool]:
@@ -316,9 +324,7 @@ class Shard:
             sealed = ManifestObject(
                 put_id=self._unique(),
                 epoch=term.epoch,
-                floor_slot=term.tail,
-                floor_seq=term.seq,
-                floor_epoch=term.epoch,
+                floor=term.tail,
                 rows=frozenset(term.rows),
             )
             if (yield from self.commit(term.version + 1, sealed)):
@@ -340,7 +346,7 @@ class Shard:
         bucket = self._bucket
         version, manifest = yield from self.newest_manifest()
         for slot in (yield from bucket.list_above(bucket.wal, 0)):
-            if slot > manifest.floor_slot:
+            if slot > manifest.floor.slot:
                 continue
             stored = yield from bucket.get(bucket.wal, slot)
             if stored is None:
@@ -372,13 +378,18 @@ class Shard:
                 newer = False
                 if self._variant is Variant.MANIFEST_PROBED_FIRST:
                     newer = yield from self._newer_manifest_listed(version)
-                stored = yield from bucket.get(bucket.wal, view.slot + 1)
+                stored = yield from bucket.get(bucket.wal, view.place.slot + 1)
                 if stored is not None:
-                    if view.follows(stored) or self._variant is Variant.GAP_UNNOTICED:
-                        view.apply(stored)
-                    else:
-                        version, manifest = yield from self.newest_manifest()
-                        view = View(manifest)
+                    if stored.is_fence and self._variant is not Variant.FENCE_TAKEN_ON_TRUST:
+                        slot = view.place.slot + 1
+                        if (yield from self._newer_manifest_listed(version)):
+                            version, manifest = yield from self.newest_manifest()
+                            view.rebase(manifest)
+                        if view.place.slot >= slot:
+                            continue  # a fence that landed late, where data was collected
+                    if not self._follows(view.place, stored):
+                        return
+                    view.apply(stored)
                     self._answer_sessions(view)
                     yield self._nap(REPLICA_NAP_SHARE)
                     continue
@@ -392,17 +403,11 @@ class Shard:
                 if not newer:
                     break
                 version, manifest = yield from self.newest_manifest()
-                passed = manifest.floor_slot <= view.slot
-                if not (passed and self._variant is Variant.FLOOR_PASSED_UNREAD):
-                    view.rebase(manifest)
+                view.rebase(manifest)
                 self._answer_sessions(view)
             rows = view.rows()
             self.history.strong_reads.append(StrongRead(began=began, ended=bucket.now, rows=rows))
             yield self._random.randint(0, self._chances.lag_steps_max)
-
-    def _newer_manifest_listed(self, version: int) -> Steps[bool]:
-        listed = yield from self._bucket.list_above(self._bucket.manifests, version)
-        return bool(listed)
 
     def _answer_sessions(self, view: View) -> None:
         """Lets a client with the token of each acknowledged row ask this replica at once.
@@ -411,11 +416,7 @@ class Shard:
         """
         rows = view.rows()
         for row, token in self.history.tokens.items():
-            if self._variant is Variant.TOKEN_LED_BY_EPOCH:
-                reached = view.position >= token
-            else:
-                reached = view.position.seq >= token.seq
-            if reached and row not in rows:
+            if view.position >= token and row not in rows:
                 self.history.stale_session_rows.add(row)
 
 

@@ -5,25 +5,45 @@ from typing import Any
 
 import numpy as np
 
+from shoal_cluster.domain.clock import Clock, SystemClock
 from shoal_cluster.domain.ids import ShardNumber
 from shoal_cluster.edge.filter_codec import decode_filter
 from shoal_cluster.edge.guard import Context, timeout_s
 from shoal_cluster.edge.ports import Searching
 from shoal_cluster.edge.rows_codec import decode_vectors, fill_rows, scores_of
 from shoal_cluster.edge.schema_codec import decode_freshness, decode_model, fill_token, whole_ms
-from shoal_cluster.query.execute import SearchedShard, SearchExplain, SearchResult
+from shoal_cluster.query.execute import (
+    MICROSECONDS,
+    SearchedShard,
+    SearchExplain,
+    SearchResult,
+)
 from shoal_cluster.query.plan import SearchRequest
 from shoal_protos.v1 import search_pb2 as pb
 from shoal_protos.v1.search_pb2_grpc import SearchServicer
 
 
 class SearchService(SearchServicer):
-    def __init__(self, searching: Searching) -> None:
+    def __init__(self, searching: Searching, clock: Clock | None = None) -> None:
         self._searching = searching
+        self._clock = clock or SystemClock()
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
-        result = await self._searching.search(decode_search(request), timeout_s=timeout_s(context))
-        return encode_result(result, with_payload=request.with_payload)
+        started_s = self._clock.monotonic_s()
+        decoded = decode_search(request)
+        decoded_s = self._clock.monotonic_s()
+        result = await self._searching.search(decoded, timeout_s=timeout_s(context))
+        found_s = self._clock.monotonic_s()
+        response = encode_result(result, with_payload=request.with_payload)
+        if result.explain is not None:
+            encoded_s = self._clock.monotonic_s()
+            stages_us = {
+                "decode": (decoded_s - started_s) * MICROSECONDS,
+                **result.explain.stages_us,
+                "encode": (encoded_s - found_s) * MICROSECONDS,
+            }
+            _fill_stages(response.explain.stages, stages_us)
+        return response
 
 
 def decode_search(message: pb.SearchRequest) -> SearchRequest:
@@ -48,6 +68,7 @@ def decode_search(message: pb.SearchRequest) -> SearchRequest:
 
 
 def encode_result(result: SearchResult, *, with_payload: bool) -> pb.SearchResponse:
+    """Returns the answer as a message, without the stages of explain: this is one of them."""
     response = pb.SearchResponse(staleness_ms=whole_ms(result.staleness_ms))
     fill_token(response.as_of, result.schema, result.as_of)
     hits = result.hits
@@ -86,7 +107,6 @@ def _fill_explain(message: pb.Explain, explain: SearchExplain) -> None:
         if segment.searched
     ]
     message.expected_recall = min(promised, default=1.0)
-    _fill_stages(message.stages, explain.stages_us)
 
 
 def _shard_number(message: pb.ShardExplain) -> ShardNumber:
@@ -138,6 +158,6 @@ def _fill_segment(message: pb.SegmentExplain, segment: Mapping[str, Any]) -> Non
         message.settings.add(name="rescore_factor", value=factor)
 
 
-def _fill_stages(stages: Any, stages_us: Mapping[str, int]) -> None:
+def _fill_stages(stages: Any, stages_us: Mapping[str, float]) -> None:
     for stage, duration_us in stages_us.items():
         stages.add(stage=stage, duration_us=max(0, round(duration_us)))

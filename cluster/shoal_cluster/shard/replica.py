@@ -27,7 +27,7 @@ from shoal_cluster.shard.calls import AsOf, ReadLevel
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.state import SegmentView, ShardState
 from shoal_cluster.wal.log import Wal
-from shoal_cluster.wal.record import WalRecord
+from shoal_cluster.wal.record import RecordKind, WalRecord
 
 _log = structlog.get_logger()
 
@@ -226,7 +226,7 @@ class Replica:
                 record = await self._next_record()
                 if record is not None:
                     if self.leader is None:
-                        self._apply(record)
+                        await self.accept(record)
                         continue
                     await self.leader.meet(record)
                     if self.leader is not None:
@@ -245,6 +245,24 @@ class Replica:
         if pushed is not None:
             return self.wal.decode(slot, pushed)
         return await self.wal.read(slot)
+
+    async def accept(self, record: WalRecord) -> None:
+        """Applies the record of our next slot, unless it is a fence in a slot that was collected.
+
+        A claimant may sleep until its slot was written, sealed and collected, and then put a fence
+        where nothing is any more. It never leads, but its fence must not be taken for the record
+        that was there: it would lift our position over writes that we have not seen. Such a slot
+        lies below the floor of a manifest that was there before the fence, so we look for one.
+
+        Call while holding `advancing`. Raises: as `load_manifest`; Corrupt (R-1).
+        """
+        if record.kind is RecordKind.FENCE:
+            newest = await self.manifests.newest_number()
+            if newest is not None and newest > self.manifest_version:
+                await self.load_manifest()
+            if record.slot <= self.state.slot:
+                return
+        self._apply(record)
 
     def _apply(self, record: WalRecord) -> None:
         self.state.apply(record)

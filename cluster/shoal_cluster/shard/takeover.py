@@ -8,7 +8,7 @@ Steps (docs/design/protocol.md, takeover):
 5. read the newest manifest again: the epoch must still be ours and its floor below n; otherwise we
    slept while others took over, sealed and collected the slots we think we replayed.
 6. make what was replayed durable (local directories only).
-7. serve; sequence numbers go on from the last replayed record.
+7. apply the fence and serve; sequence numbers go on from the last replayed record.
 
 Crash after 2: the epoch is burned, the old primary goes on appending until somebody fences it.
 Crash after 4: the fence stays for ever; the next claimant replays over it.
@@ -36,10 +36,12 @@ async def take_over(replica: Replica) -> Epoch:
     the bucket does not answer (nothing is lost; try again).
     """
     epoch = await _claim_epoch(replica)
-    fence_slot = await _fence(replica, epoch)
-    await _validate(replica, epoch, fence_slot)
+    fence = await _fence(replica, epoch)
+    await _validate(replica, epoch, fence.slot)
     await replica.wal.make_durable()
-    _log.info("shard_taken_over", shard=replica.keys.shard, epoch=epoch, slot=fence_slot)
+    # Only now: a fence that fails the validation is no part of the shard's order.
+    replica.state.apply(fence)
+    _log.info("shard_taken_over", shard=replica.keys.shard, epoch=epoch, slot=fence.slot)
     return epoch
 
 
@@ -74,12 +76,12 @@ async def _claim_epoch(replica: Replica) -> Epoch:
     return epoch
 
 
-async def _fence(replica: Replica, epoch: Epoch) -> Slot:
-    """Replays to the end of the log and puts a fence there; returns its slot."""
-    state = replica.state
+async def _fence(replica: Replica, epoch: Epoch) -> WalRecord:
+    """Replays to the end of the log and puts a fence there; returns it, not yet applied."""
     while True:
-        async for record in replica.wal.replay(Slot(state.slot + 1)):
-            _apply_or_yield(replica, record, epoch)
+        async for record in replica.wal.replay(Slot(replica.state.slot + 1)):
+            await _accept_or_yield(replica, record, epoch)
+        state = replica.state
         fence = WalRecord(
             slot=Slot(state.slot + 1),
             epoch=epoch,
@@ -91,14 +93,14 @@ async def _fence(replica: Replica, epoch: Epoch) -> Slot:
         )
         other = await replica.wal.append(fence, replica.wal.encode(fence))
         if other is None:
-            state.apply(fence)
-            return fence.slot
-        _apply_or_yield(replica, other, epoch)
+            return fence
+        await _accept_or_yield(replica, other, epoch)
 
 
-def _apply_or_yield(replica: Replica, record: WalRecord, epoch: Epoch) -> None:
+async def _accept_or_yield(replica: Replica, record: WalRecord, epoch: Epoch) -> None:
     if record.epoch > epoch:
         raise Conflict(
             f"shard {replica.keys.shard}: epoch {record.epoch} fenced the log before {epoch} did"
         )
-    replica.state.apply(record)
+    if record.slot > replica.state.slot:  # a manifest may have lifted us over it meanwhile
+        await replica.accept(record)

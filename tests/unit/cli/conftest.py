@@ -21,8 +21,4 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def world() -> Iterator[FakeWorld]:
     made = FakeWorld()
     yield made
-    for process in made.processes.values():
-        process.kill()
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
+    made.end_processes()

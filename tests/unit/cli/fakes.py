@@ -32,6 +32,8 @@ class FakeBucket:
 
     schemas: dict[str, shoal.CollectionSchema] = field(default_factory=dict)
     rows: dict[str, dict[str, FakeRow]] = field(default_factory=dict)
+    matrices: dict[tuple[str, str], tuple[list[str], Any]] = field(default_factory=dict)
+    """By collection and filter: ids and vectors, made once between writes."""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class FakeWorld:
         options.on_step(f"opening bucket {options.bucket}")
         bucket = self.buckets.setdefault(options.bucket, FakeBucket())
         if len(self.up_calls) > 1:
+            bucket.matrices.clear()
             for rows in bucket.rows.values():
                 for point_id in self.forget:
                     rows.pop(point_id, None)
@@ -85,10 +88,7 @@ class FakeWorld:
     def down(self, name: str, state_directory: Path, on_step: Callable[[str], None]) -> bool:
         self.down_calls.append(name)
         on_step("stopping")
-        for process in self.processes.values():
-            process.kill()
-            process.wait()
-        self.processes.clear()
+        self.end_processes()
         return self.clusters.pop(name, None) is not None
 
     def running(self, name: str, state_directory: Path) -> RunningCluster | None:
@@ -106,11 +106,23 @@ class FakeWorld:
         for server in ("server-0", "server-1"):
             process = self.processes.get(server)
             if process is None or process.poll() is not None:
+                if process is not None:
+                    end(process)
                 self.processes[server] = subprocess.Popen(
                     [sys.executable, "-c", "import sys; sys.stdin.read()  # ray::ShardServer"],
                     stdin=subprocess.PIPE,
                 )
         return {server: process.pid for server, process in self.processes.items()}
+
+    def end_processes(self) -> None:
+        for process in self.processes.values():
+            end(process)
+        self.processes.clear()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.communicate()
 
 
 class FakeClient:
@@ -213,6 +225,7 @@ class FakeCollection:
 
     def __init__(self, client: FakeClient, name: str) -> None:
         self._client = client
+        self._name = name
         self._rows = client.bucket.rows[name]
 
     def bulk_upsert(self, *, progress: Callable[[int, int | None], None], **arrays: Any) -> int:
@@ -229,6 +242,7 @@ class FakeCollection:
 
     def _put(self, arrays: Mapping[str, Any]) -> list[int]:
         vectors = arrays["vectors"] / np.linalg.norm(arrays["vectors"], axis=1, keepdims=True)
+        self._client.bucket.matrices.clear()
         seqs = []
         for row, point_id in enumerate(arrays["ids"]):
             seqs.append(next(self._client.world.seqs))
@@ -244,18 +258,9 @@ class FakeCollection:
         self, vectors: Any, *, k: int, filter: shoal.Filter | None = None, with_payload: bool = True
     ) -> list[FakeFound]:
         self._client._enter("search")
-        holds = (
-            (lambda row: True)
-            if filter is None
-            else next(case.holds for case in FILTER_CASES if repr(case.filter) == repr(filter))
-        )
-        ids = [
-            point_id
-            for point_id, row in self._rows.items()
-            if filter is None or holds({"installed_kb": None, "tags": [], **row.attributes})
-        ]
-        similarity = vectors @ np.stack([self._rows[point_id].vector for point_id in ids]).T
-        best = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+        ids, stacked = self._matching(filter)
+        similarity = vectors @ stacked.T
+        best = np.argsort(-similarity, axis=1)[:, :k]
         return [
             FakeFound(
                 ids=self._client.world.misplace([ids[column] for column in columns]),
@@ -263,6 +268,20 @@ class FakeCollection:
             )
             for query, columns in enumerate(best)
         ]
+
+    def _matching(self, filter: shoal.Filter | None) -> tuple[list[str], Any]:
+        matrices, key = self._client.bucket.matrices, (self._name, repr(filter))
+        found = matrices.get(key)
+        if found is None:
+            case = next((case for case in FILTER_CASES if repr(case.filter) == repr(filter)), None)
+            ids = [
+                point_id
+                for point_id, row in list(self._rows.items())
+                if case is None or case.holds({"installed_kb": None, **row.attributes})
+            ]
+            found = ids, np.stack([self._rows[point_id].vector for point_id in ids])
+            matrices[key] = found
+        return found
 
     def count(self, **_: Any) -> int:
         return len(self._rows)

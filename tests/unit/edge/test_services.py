@@ -330,7 +330,8 @@ def test_a_batch_search_returns_payloads_vectors_and_explains_itself() -> None:
             assert searched.segments[0].segment == "memtable"
             pruned = [shard for shard in explain.shards if not shard.searched]
             assert all("section" in shard.reason for shard in pruned) and len(pruned) == 2
-            assert [stage.stage for stage in explain.stages] == ["plan", "scatter", "merge"]
+            stages = [stage.stage for stage in explain.stages]
+            assert stages == ["decode", "plan", "scatter", "merge", "encode"]
             assert explain.recall_target == 0.95 and explain.expected_recall == 1.0
 
     run(scenario())

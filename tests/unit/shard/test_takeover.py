@@ -1,17 +1,19 @@
 """Takeover: claim, replay, fence, validate."""
 
 import asyncio
+from pathlib import Path
 
 import pytest
 
 from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.bucket.store import PutOutcome
-from shoal_cluster.domain.errors import Conflict, ShoalError
-from shoal_cluster.domain.ids import Epoch, Slot
-from shoal_cluster.domain.session import Consistency
+from shoal_cluster.domain.errors import Conflict, Corrupt, ShoalError
+from shoal_cluster.domain.ids import Epoch, Seq, Slot
+from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.shard import takeover
 from shoal_cluster.shard.calls import ReadLevel
-from shoal_cluster.wal.record import RecordKind
+from shoal_cluster.shard.replica import Replica
+from shoal_cluster.wal.record import RecordKind, WalRecord
 from tests.unit.shard.nodes import KEYS, Node, Shard, points_of, run, upsert
 from tests.unit.shard.test_replica import collect_below_floor
 
@@ -101,14 +103,19 @@ def test_the_next_primary_holds_every_acknowledged_write(tmp_path):
     run(scenario())
 
 
-async def sleep_through_an_epoch(shard: Shard) -> tuple[Node, Node]:
-    """Returns a claimant that woke up after another led, sealed and collected; and that other.
+async def led_shard(shard: Shard) -> Node:
+    first = await (await shard.create()).lead()
+    await first.write(upsert(1, {"a": 1}))
+    return first
+
+
+async def sleep_through_an_epoch(shard: Shard, first: Node) -> tuple[Node, Node, Exception | int]:
+    """Returns a claimant that woke up after another led, sealed and collected; that other; and
+    what became of the claim. first: led the shard until then, and is closed.
 
     The claimant read the log up to slot n and slept before it fenced n. Meanwhile n and what
     follows were written, sealed and collected, so that its fence finds n free.
     """
-    first = await shard.lead()
-    await first.write(upsert(1, {"a": 1}))
     sleepy = Sleepy(shard.objects)
     claimant = await shard.node(store=sleepy).load()
     shard.network.connected = False
@@ -121,20 +128,18 @@ async def sleep_through_an_epoch(shard: Shard) -> tuple[Node, Node]:
     await leader.seal()
     collect_below_floor(shard, leader.replica.manifest.floor_slot)
     sleepy.wake.set()
-    await asyncio.wait([claiming])
-    claimant.claimed = claiming  # type: ignore[attr-defined]
+    [claimed] = await asyncio.gather(claiming, return_exceptions=True)
     await first.crash()
-    return claimant, leader
+    return claimant, leader, claimed
 
 
 def test_a_claimant_that_slept_through_an_epoch_does_not_serve(tmp_path):
     """Step 5, the validation after the fence."""
 
     async def scenario():
-        shard = await Shard(tmp_path).create()
-        claimant, leader = await sleep_through_an_epoch(shard)
-        with pytest.raises(Conflict, match="overtaken"):
-            claimant.claimed.result()  # type: ignore[attr-defined]
+        shard = Shard(tmp_path)
+        claimant, leader, claimed = await sleep_through_an_epoch(shard, await led_shard(shard))
+        assert isinstance(claimed, Conflict) and "overtaken" in claimed.message
         assert claimant.primary is None
         await leader.write(upsert(4, {"d": 4}))
         await claimant.replica.wait_for(STRONG)
@@ -145,14 +150,61 @@ def test_a_claimant_that_slept_through_an_epoch_does_not_serve(tmp_path):
     run(scenario())
 
 
+async def skipped_a_write(tmp_path: Path) -> bool:
+    """Says whether a slow follower's position ever passed a write that it did not show.
+
+    A session's token (epoch 1, seq 2) must not be met by a fence of epoch 2 at seq 1.
+    """
+    shard = Shard(tmp_path)
+    first = await led_shard(shard)
+    slow = await shard.follow()
+    # Stops it from following by itself, right before the slot that will be collected.
+    async with slow.replica.advancing:
+        claimant, leader, _ = await sleep_through_an_epoch(shard, first)
+    assert slow.replica.state.slot == Slot(2)
+    token = Position(Epoch(1), Seq(2))
+    bogus = await slow.replica.wal.read(Slot(3))
+    assert (bogus.kind, bogus.epoch) == (RecordKind.FENCE, Epoch(2))
+    seen = []
+    apply = slow.replica._apply
+
+    def watched_apply(record: WalRecord) -> None:
+        apply(record)
+        seen.append((slow.replica.state.position, points_of(slow.replica)))
+
+    slow.replica._apply = watched_apply
+    await slow.replica.wait_for(STRONG)
+    assert points_of(slow.replica) == points_of(leader.replica) == {"a": 1, "b": 2, "c": 3}
+    for node in (slow, claimant, leader):
+        await node.crash()
+    return any(position >= token and "b" not in points for position, points in seen)
+
+
+def test_a_fence_in_a_collected_slot_does_not_lift_a_follower_over_writes_it_lacks(tmp_path):
+    assert not run(skipped_a_write(tmp_path))
+
+
+def test_a_follower_that_takes_every_fence_at_its_word_would_be_lifted(tmp_path, monkeypatch):
+    """The mutant of Replica.accept: shows that the test above can fail."""
+
+    async def take_at_its_word(replica: Replica, record: WalRecord) -> None:
+        replica._apply(record)
+
+    monkeypatch.setattr(Replica, "accept", take_at_its_word)
+    try:
+        assert run(skipped_a_write(tmp_path))
+    except Corrupt as error:
+        assert "R-1" in error.message  # the chain gives the fence away, but a slot too late
+
+
 def test_without_the_validation_the_sleeper_would_lose_acknowledged_writes(tmp_path, monkeypatch):
     """The mutant of step 5: shows that the test above can fail."""
     monkeypatch.setattr(takeover, "_validate", unvalidated)
 
     async def scenario():
-        shard = await Shard(tmp_path).create()
-        claimant, leader = await sleep_through_an_epoch(shard)
-        assert claimant.claimed.result() == Epoch(2)  # type: ignore[attr-defined]
+        shard = Shard(tmp_path)
+        claimant, leader, claimed = await sleep_through_an_epoch(shard, await led_shard(shard))
+        assert claimed == Epoch(2)
         shown = points_of(claimant.replica)
         assert "b" not in shown or "c" not in shown
         await claimant.crash()

@@ -1,0 +1,183 @@
+"""The ways to ask one query, each a step further from the index.
+
+    raw           FAISS in this process: one index over all rows, rescored exactly
+    raw segments  the same kernels over the segments that the shard happens to have
+    link          a shard server without Ray, called over a link
+    grpc          SDK, gRPC, coordinator, link, shard server: what users get
+
+Each answers with whatever it calls a hit; `rows_of` turns that into rows after the clock stopped.
+"""
+
+import asyncio
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import uvloop
+
+import shoal
+from shoal_cluster.bucket.open import open_store
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.errors import Outcome
+from shoal_cluster.domain.ids import CollectionId, ShardNumber
+from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.schema import CollectionSchema, Metric
+from shoal_cluster.domain.session import Consistency
+from shoal_cluster.index.distances import smallest
+from shoal_cluster.index.families import FastScanIndex, decode_codes
+from shoal_cluster.links.address import LinkAddress
+from shoal_cluster.links.connection import connect
+from shoal_cluster.links.pool import LinkPool
+from shoal_cluster.manifest.commit import Manifests
+from shoal_cluster.segment.reader import SegmentReader
+from shoal_cluster.shard.calls import ReadLevel, SearchCall, SearchReply
+from shoal_cluster.shard.compute import InlineCompute
+from shoal_cluster.shard.segment_files import SegmentFiles
+from tests.bench.corpus import RECALL_TARGET, Floats, K, row_of
+
+VECTORS: Final = "vectors.npy"
+QUERIES: Final = "queries.npy"
+CODES: Final = "codes"
+TIMEOUT_S: Final = 30.0
+SHARD: Final = ShardNumber(0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Where everything is. directory: holds VECTORS, QUERIES and CODES. depth: rows rescored."""
+
+    directory: str
+    bucket: str
+    grpc_address: str
+    link_address: str
+    link_secret: str
+    collection: str
+    collection_id: str
+    schema: dict[str, Any]
+    depth: int
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self)))
+
+    @staticmethod
+    def load(path: Path) -> "Setup":
+        return Setup(**json.loads(path.read_text()))
+
+    def queries(self) -> Floats:
+        queries: Floats = np.load(Path(self.directory) / QUERIES)
+        return queries
+
+
+class RawSearch:
+    """One FAISS index over all rows. Vectors are mapped from a file, as a segment's are."""
+
+    def __init__(self, setup: Setup) -> None:
+        directory = Path(setup.directory)
+        vectors = np.load(directory / VECTORS, mmap_mode="r")
+        codes = np.fromfile(directory / CODES, dtype=np.uint8)
+        self._index: FastScanIndex = decode_codes(codes, vectors, Metric.COSINE)
+        self._depth = setup.depth
+
+    def ask(self, query: Floats) -> npt.NDArray[np.int64]:
+        return self._index.search(query, K, depth=self._depth)[1][0]
+
+
+class SegmentsSearch:
+    """The shard's own segments, opened from the bucket and searched one after the other."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._readers = asyncio.run(_open_segments(setup))
+
+    @property
+    def segments(self) -> int:
+        return len(self._readers)
+
+    def ask(self, query: Floats) -> list[bytes]:
+        hits = [reader.search(query, K, recall_target=RECALL_TARGET) for reader in self._readers]
+        keys = np.concatenate([found.keys[0] for found in hits])
+        places = smallest(keys, None, K)[1].tolist()
+        return [
+            self._readers[place // K].id_of(int(hits[place // K].rows[0, place % K]))
+            for place in places
+        ]
+
+
+async def _open_segments(setup: Setup) -> list[SegmentReader]:
+    store = open_store(setup.bucket)
+    try:
+        keys = ShardKeys(CollectionId(setup.collection_id), SHARD)
+        manifest = await Manifests(store, keys, SystemClock()).newest()
+        assert manifest is not None, "the shard was created"
+        files = SegmentFiles(store, Path(setup.directory) / "cache", InlineCompute())
+        schema = CollectionSchema.from_wire(setup.schema)
+        return [await files.open_reader(entry, schema) for entry in manifest.segments]
+    finally:
+        await store.close()
+
+
+class LinkSearch:
+    """Calls the shard process as a coordinator does. `ask_all` runs on a loop of its own."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        self._address = LinkAddress(setup.link_address)
+        self._pool = LinkPool(functools.partial(connect, secret=bytes.fromhex(setup.link_secret)))
+        self._call = SearchCall(
+            collection=CollectionId(setup.collection_id),
+            shard=SHARD,
+            k=K,
+            level=ReadLevel(consistency=Consistency.SESSION),
+        )
+
+    def run(self, work: Any) -> Any:
+        """Runs a coroutine on the loop that the link belongs to."""
+        return self._runner.run(work)
+
+    async def ask(self, query: Floats) -> Sequence[bytes]:
+        reply = await self._pool.call(
+            self._address,
+            SearchCall.METHOD,
+            self._call.to_wire(),
+            query.data.cast("B"),
+            timeout_s=TIMEOUT_S,
+            on_lost=Outcome.NOT_APPLIED,
+        )
+        return SearchReply.from_wire(reply.header).ids  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self._runner.run(self._pool.close_all())
+        self._runner.close()
+
+
+class GrpcSearch:
+    """The SDK's synchronous client, as its README shows it."""
+
+    def __init__(self, setup: Setup, *, with_payload: bool = False) -> None:
+        self._client = shoal.Client(setup.grpc_address, timeout_s=TIMEOUT_S)
+        self._collection = self._client.collection(setup.collection)
+        self._with_payload = with_payload
+
+    def ask(self, query: Floats) -> list[str]:
+        found = self._collection.search(query[0], k=K, with_payload=self._with_payload)
+        if self._with_payload:
+            return [hit.id for hit in found.hits]
+        return found.ids
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def rows_of(answer: Any) -> list[int]:
+    """Returns the rows an answer names, K of them, padded with -1."""
+    rows = [
+        row_of(hit.decode()) if isinstance(hit, bytes)
+        else row_of(hit) if isinstance(hit, str)
+        else int(hit)
+        for hit in answer
+    ]
+    return (rows + [-1] * K)[:K]

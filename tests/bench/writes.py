@@ -1,0 +1,181 @@
+"""Loads the collection and measures writes: bulk rows a second, and how long a single row's
+acknowledgement (durable and visible) takes with one and with many writers.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import psutil
+
+import shoal
+from shoal_cluster.bootstrap import RunningCluster
+from shoal_cluster.bucket.open import open_store
+from shoal_cluster.cli.demo.corpus import load_corpus
+from shoal_cluster.domain.ids import CollectionId
+from shoal_cluster.domain.keys import ShardKeys, number_of
+from shoal_cluster.domain.limits import SEAL_OPERATIONS
+from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of
+from tests.bench.paths import SHARD
+from tests.integration.clusters import wait_until
+
+SETTLE_S: Final = 600.0
+"""100,000 rows are indexed within a minute on two idle cores."""
+
+QUIET_S: Final = 3.0
+"""Segments that did not change for so long, with no build running, change no more."""
+
+WRITER_COUNTS: Final = (1, 64)
+_WRITES_COLLECTION: Final = "bench-writes"
+
+
+def load(
+    client: shoal.Client, name: str, corpus: BenchCorpus, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """Creates the collection of one shard and one replica and loads it in bulk."""
+    packages = load_corpus()
+    payloads = [packages.payload(row) for row in range(len(packages.packages))]
+    rows, dimension = corpus.vectors.shape
+    collection = client.create_collection(name, dimension=dimension, recall_target=RECALL_TARGET)
+    started_s = time.perf_counter()
+    collection.bulk_upsert(
+        ids=[id_of(row) for row in range(rows)],
+        vectors=corpus.vectors,
+        payloads=[payloads[row % len(payloads)] for row in range(rows)],
+        progress=_every_tenth(rows, progress),
+    )
+    elapsed_s = time.perf_counter() - started_s
+    return {
+        "rows": rows,
+        "acknowledged_seconds": round(elapsed_s, 2),
+        "rows_per_s": round(rows / elapsed_s),
+    }
+
+
+def _every_tenth(rows: int, progress: Callable[[str], None]) -> Callable[[int, int | None], None]:
+    reported = 0
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal reported
+        if done * 10 // rows > reported:
+            reported = done * 10 // rows
+            progress(f"loaded {done:,} of {rows:,} rows")
+
+    return report
+
+
+def settle(client: shoal.Client, cluster: RunningCluster, name: str) -> dict[str, Any]:
+    """Waits until the shard is sealed and compacted as far as it goes; returns how it stands."""
+    started_s = time.perf_counter()
+    last: tuple[int, ...] = ()
+    since_s = started_s
+
+    def settled() -> dict[str, Any] | None:
+        nonlocal last, since_s
+        (shard,) = client.status(name).collections[0].shards
+        now = (shard.memtable_rows, shard.segments, shard.manifest_version)
+        # A memtable below the limit is not sealed until more rows come.
+        if now != last or shard.memtable_rows >= SEAL_OPERATIONS or _building(cluster):
+            last, since_s = now, time.perf_counter()
+            return None
+        if time.perf_counter() - since_s < QUIET_S:
+            return None
+        return {
+            "settled_seconds": round(since_s - started_s, 2),
+            "segments": shard.segments,
+            "memtable_rows": shard.memtable_rows,
+            "rows_live": shard.rows_live,
+        }
+
+    return wait_until(settled, timeout_s=SETTLE_S, what="the shard is sealed and compacted")
+
+
+def _building(cluster: RunningCluster) -> bool:
+    """Says whether a build runs: Ray names a worker after the task that it carries out."""
+    if cluster.ray_pid is None:
+        return False
+    for process in psutil.Process(cluster.ray_pid).children(recursive=True):
+        try:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::build"):
+                return True
+        except (psutil.NoSuchProcess, IndexError):
+            continue
+    return False
+
+
+def acknowledgements(
+    cluster: RunningCluster, vectors: Floats, *, seconds: float
+) -> list[dict[str, Any]]:
+    """Returns latency, rate and rows per WAL object of single-row upserts, by number of writers."""
+    return asyncio.run(_acknowledgements(cluster, vectors, seconds))
+
+
+async def _acknowledgements(
+    cluster: RunningCluster, vectors: Floats, seconds: float
+) -> list[dict[str, Any]]:
+    async with shoal.AsyncClient(cluster.grpc_address, timeout_s=60.0) as client:
+        collection = await client.create_collection(
+            _WRITES_COLLECTION, dimension=vectors.shape[1], recall_target=RECALL_TARGET
+        )
+        description = await collection.describe()
+        keys = ShardKeys(CollectionId(description.schema.id), SHARD)
+        # The first write opens connections and the shard's log.
+        await collection.upsert(ids=["first"], vectors=vectors[:1])
+        measured = []
+        for writers in WRITER_COUNTS:
+            slots_before = await _newest_slot(cluster.bucket, keys)
+            latencies_s: list[float] = []
+            started_s = time.perf_counter()
+            await asyncio.gather(
+                *(
+                    _write(
+                        collection,
+                        f"{writers}-{number}",
+                        vectors[number::writers],
+                        started_s + seconds,
+                        latencies_s,
+                    )
+                    for number in range(writers)
+                )
+            )
+            elapsed_s = time.perf_counter() - started_s
+            slots = await _newest_slot(cluster.bucket, keys) - slots_before
+            p50_s, p99_s = np.percentile(latencies_s, [50, 99])
+            measured.append(
+                {
+                    "writers": writers,
+                    "p50_ms": round(p50_s * 1e3, 2),
+                    "p99_ms": round(p99_s * 1e3, 2),
+                    "rows_per_s": round(len(latencies_s) / elapsed_s),
+                    "rows": len(latencies_s),
+                    "rows_per_put": round(len(latencies_s) / max(slots, 1), 2),
+                }
+            )
+        await client.drop_collection(_WRITES_COLLECTION)
+        return measured
+
+
+async def _write(
+    collection: shoal.AsyncCollection,
+    prefix: str,
+    vectors: Floats,
+    end_s: float,
+    latencies_s: list[float],
+) -> None:
+    number = 0
+    while (before_s := time.perf_counter()) < end_s:
+        row = number % len(vectors)
+        await collection.upsert(ids=[f"{prefix}-{number}"], vectors=vectors[row : row + 1])
+        latencies_s.append(time.perf_counter() - before_s)
+        number += 1
+
+
+async def _newest_slot(bucket: str, keys: ShardKeys) -> int:
+    """Returns the number of the last WAL object: one PUT made each."""
+    store = open_store(bucket)
+    try:
+        return max((number_of(entry.key) for entry in await store.list(keys.wal)), default=0)
+    finally:
+        await store.close()
