@@ -44,14 +44,14 @@ class BenchCorpus:
     queries: Floats
     kth: Floats
 
-    def recall(self, found: npt.NDArray[np.int64]) -> float:
-        """Returns the mean recall@K. found: (n, K) rows, for the first n queries.
+    def recall(self, found: npt.NDArray[np.int64], queries: npt.NDArray[np.int64]) -> float:
+        """Returns the mean recall@K. found: (n, K) rows, for the n queries of those numbers.
 
         Counted by similarity, so that of equal rows any is right; a row that comes twice or does
         not exist (-1) counts for nothing.
         """
         correct = 0
-        for query, rows in enumerate(found):
+        for query, rows in zip(queries, found, strict=True):
             distinct = np.unique(rows[(rows >= 0) & (rows < len(self.vectors))])
             similarity = self.vectors[distinct] @ self.queries[query]
             correct += int(np.count_nonzero(similarity >= self.kth[query] - TIE))

@@ -12,7 +12,7 @@ import faiss
 import psutil
 
 from shoal_cluster.bootstrap import RunningCluster
-from tests.integration.clusters import processes_of
+from chaos.cluster import processes_of
 
 _DISTRIBUTIONS: Final = (
     "shoal",

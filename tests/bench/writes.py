@@ -19,7 +19,7 @@ from shoal_cluster.domain.keys import ShardKeys, number_of
 from shoal_cluster.domain.limits import SEAL_OPERATIONS
 from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of
 from tests.bench.paths import SHARD
-from tests.integration.clusters import wait_until
+from chaos.cluster import wait_until
 
 SETTLE_S: Final = 600.0
 """100,000 rows are indexed within a minute on two idle cores."""

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 import shoal
+from chaos import cluster as clusters
 from shoal_cluster import bootstrap
-from tests.integration import clusters
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

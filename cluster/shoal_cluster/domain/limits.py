@@ -44,8 +44,12 @@ MEMTABLE_OPERATIONS_MAX = 16_384
 MEMTABLE_BYTES_MAX = 64 * MIB
 """Past either, while a seal is under way, writes wait: Overloaded with retry_after_ms."""
 
-# Segments: eight small ones are merged into one of the next tier.
-COMPACTION_FAN_IN = 8
+# Segments: four of about one size are merged into one of the next tier.
+COMPACTION_FAN_IN = 4
+SETTLE_OPERATIONS = 256
+"""A quiet shard seals a memtable with so many operations; fewer cost nothing to search."""
+SETTLE_ROWS_MAX = 262_144
+"""A quiet shard merges its segments up to so many rows: half a minute of one core at 384-d."""
 SEGMENT_ROWS_MAX = 1_000_000
 BUILD_MEMORY_BYTES_MAX = 4 * 1024 * MIB
 

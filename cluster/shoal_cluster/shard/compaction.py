@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from shoal_cluster.domain import limits
 from shoal_cluster.manifest.manifest import SegmentEntry
 
-_TIER_GROWTH = 8
+_TIER_GROWTH = limits.COMPACTION_FAN_IN
+_SETTLE_FRACTION_MIN = 1 / 8
+"""The largest segment is rewritten only with so much beside it: at most eight times in all."""
 _DEAD_FRACTION_MAX = 0.5
 
 
@@ -31,6 +33,26 @@ def plan_compaction(segments: Sequence[SegmentEntry]) -> tuple[SegmentEntry, ...
             rows += segment.live
         if len(chosen) >= limits.COMPACTION_FAN_IN:
             return tuple(chosen)
+    return ()
+
+
+def plan_settling(segments: Sequence[SegmentEntry]) -> tuple[SegmentEntry, ...]:
+    """Returns what a shard that nobody writes to should merge: fewer segments, cheaper searches.
+
+    Everything, when what lies beside the largest segment is worth rewriting it; else the small
+    ones among themselves.
+    """
+    if len(segments) < 2:
+        return ()
+    *rest, largest = sorted(segments, key=lambda segment: segment.live)
+    beside = sum(segment.live for segment in rest)
+    if (
+        beside >= _SETTLE_FRACTION_MIN * largest.live
+        and beside + largest.live <= limits.SETTLE_ROWS_MAX
+    ):
+        return tuple(segments)
+    if len(rest) > 1 and beside <= limits.SETTLE_ROWS_MAX:
+        return tuple(rest)
     return ()
 
 

@@ -104,6 +104,7 @@ class Composition:
         if call.kind is WriteKind.PATCH:
             return self._patch(call), False
         if call.kind is WriteKind.DELETE:
+            self._check_conditions(call)
             return self._delete(call.ids), False
         expression = from_wire(call.filter)
         limit = limits.DELETE_BY_FILTER_MAX

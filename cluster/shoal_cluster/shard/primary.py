@@ -173,6 +173,7 @@ class Primary:
             while self._ended is None:
                 if self._sealer.due():
                     self._sealer.start()
+                self._sealer.tidy()
                 if not self._queue:
                     await self._idle()
                     continue
@@ -194,6 +195,8 @@ class Primary:
         except TimeoutError:
             try:
                 await self._replica.probe()
+                if self._ended is None and not self._queue:
+                    self._sealer.settle()
             except Unavailable as error:
                 _log.warning(
                     "bucket_unavailable", shard=self._replica.keys.shard, reason=error.message

@@ -25,7 +25,7 @@ from pyroaring import BitMap
 from shoal_cluster.bucket.create import create
 from shoal_cluster.domain import limits
 from shoal_cluster.domain.errors import Corrupt, NotPrimary, ShoalError, Unavailable
-from shoal_cluster.domain.ids import Epoch, ManifestVersion
+from shoal_cluster.domain.ids import Epoch, ManifestVersion, SegmentId
 from shoal_cluster.domain.keys import segment_id
 from shoal_cluster.domain.point import SUM_MODULUS
 from shoal_cluster.filtering.bitmaps import from_rows, to_rows
@@ -33,7 +33,8 @@ from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.segment.deletes import encode_tombstones
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.shard.building import BuildOrder
-from shoal_cluster.shard.compaction import plan_compaction
+from shoal_cluster.shard.compaction import plan_compaction, plan_settling
+from shoal_cluster.shard.garbage import GarbageCollector
 from shoal_cluster.shard.ports import Publisher
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.state import SealPoint, SegmentView, open_view
@@ -73,6 +74,9 @@ class Sealer:
         self._compaction: asyncio.Task[None] | None = None
         self._counter = 0
         self._stopped = False
+        self._in_flight: set[SegmentId] = set()
+        self._garbage = GarbageCollector(replica, epoch)
+        self._collection: asyncio.Task[None] | None = None
 
     @property
     def busy(self) -> bool:
@@ -102,20 +106,42 @@ class Sealer:
     def stop(self) -> None:
         """Stops without waiting; nothing is committed from here on."""
         self._stopped = True
-        for task in (self._seal, self._compaction):
+        for task in self._tasks():
             # Not the task that found out that the epoch is over: it is on its way out.
-            if task is not None and task is not asyncio.current_task():
+            if task is not asyncio.current_task():
                 task.cancel()
 
     async def close(self) -> None:
         self.stop()
-        tasks = [task for task in (self._seal, self._compaction) if task is not None]
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks(), return_exceptions=True)
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        tasks = (self._seal, self._compaction, self._collection)
+        return [task for task in tasks if task is not None]
+
+    def tidy(self) -> None:
+        """Starts deleting garbage in the background when it is time to."""
+        if self._stopped or not self._garbage.due():
+            return
+        if self._collection is None or self._collection.done():
+            self._collection = asyncio.ensure_future(self._collect())
+
+    async def _collect(self) -> None:
+        try:
+            async with self._committing:
+                await self._garbage.collect(self._in_flight.__contains__)
+        except ShoalError as error:
+            # Nothing depends on it: the next round tries again, and says so again.
+            _log.warning(
+                "garbage_not_deleted", shard=self._replica.keys.shard, reason=error.message
+            )
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Runs background work; a failure that waiting cannot cure ends the epoch."""
         try:
             await work
+        except NotPrimary as error:
+            self._on_lost(error.message)
         except ShoalError as error:
             _log.error("sealing_failed", shard=self._replica.keys.shard, reason=error.message)
             self._on_lost(error.message)
@@ -134,6 +160,7 @@ class Sealer:
         reader = await self._open(entry)
         async with self._committing:
             await self._commit_seal(point, entry, reader)
+            self._landed(entry)
         _log.info(
             "segment_sealed",
             shard=keys.shard,
@@ -143,10 +170,21 @@ class Sealer:
         )
         self._maybe_compact()
 
-    def _maybe_compact(self) -> None:
-        if self._stopped or self.compacting:
+    def settle(self) -> None:
+        """Brings a quiet shard closer to one segment and a short log. Call between appends."""
+        if self._stopped or self.busy or self.compacting:
             return
-        chosen = plan_compaction(self._manifest().segments)
+        operations = sum(memtable.operations for memtable in self._replica.state.memtables)
+        if operations >= limits.SETTLE_OPERATIONS:
+            self.start()
+        else:
+            self._compact(plan_settling(self._manifest().segments))
+
+    def _maybe_compact(self) -> None:
+        if not self._stopped and not self.compacting:
+            self._compact(plan_compaction(self._manifest().segments))
+
+    def _compact(self, chosen: tuple[SegmentEntry, ...]) -> None:
         if chosen:
             segments = self._replica.state.segments
             sources = tuple(segments[source.id] for source in chosen)
@@ -165,6 +203,7 @@ class Sealer:
         reader = await self._open(entry)
         async with self._committing:
             await self._commit_compaction(sources, entry, reader)
+            self._landed(entry)
         _log.info(
             "segments_compacted",
             shard=self._replica.keys.shard,
@@ -181,12 +220,19 @@ class Sealer:
         while True:
             self._counter += 1
             name = segment_id(self._epoch, self._counter, self._replica.ports.ids.hex(4))
+            self._in_flight.add(name)
             try:
                 return await self._replica.ports.builds.build(replace(order, segment=name))
             except Unavailable as error:
+                self._in_flight.discard(name)
                 _log.warning("build_retried", shard=order.shard, segment=name, reason=error.message)
             await self._replica.ports.clock.sleep(delay_s)
             delay_s = min(2 * delay_s, _RETRY_S_MAX)
+
+    def _landed(self, entry: SegmentEntry | None) -> None:
+        """A build's segment is in the manifest, or came to nothing: no more in flight."""
+        if entry is not None:
+            self._in_flight.discard(entry.id)
 
     async def _open(self, entry: SegmentEntry | None) -> SegmentReader | None:
         if entry is None:

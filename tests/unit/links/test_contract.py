@@ -187,7 +187,8 @@ def test_a_timeout_means_what_the_caller_said_and_cancels_the_handler(
         gate = Gate()
         async with place.linked({"gate": gate, "echo": echo}) as link:
             with pytest.raises(error, match="no reply to 'gate'") as caught:
-                await link.call("gate", None, timeout_s=0.05, on_lost=on_lost)
+                # Long enough for the handler to start on a busy machine.
+                await link.call("gate", None, timeout_s=0.3, on_lost=on_lost)
             assert caught.value.outcome is on_lost
             assert await gate.ended == "cancelled"
             assert (await link.call("echo", 1, timeout_s=10, on_lost=READ)).header == 1
@@ -245,22 +246,20 @@ def test_deadlines_fire_each_in_its_time(memory: Place) -> None:
 
             # The earliest last, so that the one timer of the link must be moved forward.
             took = await asyncio.gather(*map(seconds, (0.3, 0.2, 0.1)))
-            assert all(0 <= t - want < 0.08 for t, want in zip(took, (0.3, 0.2, 0.1), strict=True))
+            assert took == pytest.approx([0.3, 0.2, 0.1], abs=0.002)
 
     memory.run(main())
 
 
 def test_the_remaining_time_travels_with_the_request(place: Place) -> None:
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-
         def left(request: Request) -> Reply:
-            return Reply(request.deadline_monotonic_s - loop.time())
+            return Reply(request.deadline_monotonic_s - place.clock.monotonic_s())
 
         async with place.linked({"left": left}) as link:
             left_s = (await link.call("left", None, timeout_s=5, on_lost=READ)).header
             assert isinstance(left_s, float)
-            assert 4.5 < left_s < 5.01
+            assert 3 < left_s < 5.01
 
     place.run(main())
 
@@ -334,7 +333,8 @@ def test_a_received_reply_can_be_forwarded(memory: Place) -> None:
             front = Place(
                 network=memory.network,
                 address=type(memory.address)("memory:front"),
-                loop_factory=None,
+                loop_factory=memory.loop_factory,
+                clock=memory.clock,
             )
             async with front.linked({"forward": forward}) as link:
                 reply = await link.call("forward", [1], b"body", timeout_s=5, on_lost=READ)

@@ -11,7 +11,7 @@ from shoal_cluster.links.connection import connect
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.memory import MemoryNetwork
 from shoal_cluster.links.messages import Reply, Request
-from tests.unit.links.places import SECRET, Place
+from tests.unit.links.places import SECRET, LoopClock, Place, VirtualTimeLoop, run_on
 
 A, B = parse_address("memory:a"), parse_address("memory:b")
 
@@ -29,8 +29,9 @@ def served_with(seed: int) -> list[object]:
         network = MemoryNetwork(delay_s=lambda: drawn.uniform(0, 0.004))
         links = []
         for address in (A, B):
-            await Listener({"note": note}, SECRET, network=network).listen(address)
-            links.append(await connect(address, SECRET, network=network))
+            listener = Listener({"note": note}, SECRET, network=network, clock=LoopClock())
+            await listener.listen(address)
+            links.append(await connect(address, SECRET, network=network, clock=LoopClock()))
 
         async def call(n: int) -> object:
             link = links[n % 2]
@@ -43,25 +44,8 @@ def served_with(seed: int) -> list[object]:
         for link in links:
             await link.close()
 
-    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
-        runner.run(main())
+    run_on(VirtualTimeLoop, main())
     return served
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Jumps to the next timer instead of waiting for it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now_s = 0.0
-
-    def time(self) -> float:
-        return self._now_s
-
-    def _run_once(self) -> None:
-        if not self._ready and self._scheduled:
-            self._now_s = max(self._now_s, self._scheduled[0].when())
-        super()._run_once()
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:

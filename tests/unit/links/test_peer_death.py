@@ -17,6 +17,7 @@ from shoal_cluster.links.address import LinkAddress, parse_address
 from shoal_cluster.links.connection import Link, connect
 from shoal_cluster.links.pool import LinkPool
 from tests.unit.links.echo_process import SECRET
+from tests.unit.links.places import run_on
 
 ROOT = Path(__file__).parents[3]
 SOURCES = os.pathsep.join(str(ROOT / part) for part in ("cluster", "protos", "client"))
@@ -65,7 +66,7 @@ def test_calls_fail_within_100_ms_of_a_sigkill(text: str) -> None:
         return took_s
 
     with listening_process(text) as (process, address):
-        took_s = uvloop.run(main(process, address))
+        took_s = run_on(uvloop.new_event_loop, main(process, address))
     assert took_s < 0.1
 
 
@@ -84,7 +85,7 @@ def test_a_stopped_process_fails_pings_while_its_link_stays_open(text: str) -> N
         await link.close()
 
     with listening_process(text) as (process, address):
-        uvloop.run(main(process, address))
+        run_on(uvloop.new_event_loop, main(process, address))
 
 
 def test_a_pool_reaches_the_successor_of_a_killed_process(directory: Path) -> None:
@@ -120,4 +121,4 @@ def test_a_pool_reaches_the_successor_of_a_killed_process(directory: Path) -> No
                     await asyncio.sleep(error.retry_after_ms / 1000)
         await pool.close_all()
 
-    uvloop.run(main())
+    run_on(uvloop.new_event_loop, main())

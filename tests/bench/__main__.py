@@ -1,0 +1,209 @@
+"""Compares one search in process, through a link and through gRPC, in one run.
+
+    python -m tests.bench [--smoke] [--json build/bench.json]
+
+Starts a real cluster in a temporary directory, loads it, waits until it is indexed, measures, and
+leaves nothing behind. docs/benchmarks.md says how to read what it prints.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import uvloop
+
+import shoal
+from shoal_cluster.bucket.open import open_store
+from shoal_cluster.control.catalog import CatalogLog
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.ids import SystemIdGenerator
+from shoal_cluster.domain.schema import CollectionSchema, Metric
+from shoal_cluster.index.calibration import measure_recall, setting_for
+from shoal_cluster.index.families import FastScanIndex, encode_codes, train_fast_scan
+from tests.bench import links, machine, writes
+from tests.bench.corpus import QUERIES, RECALL_TARGET, SEED, BenchCorpus, K, make_corpus
+from tests.bench.paths import CODES, VECTORS, Setup
+from tests.bench.paths import QUERIES as QUERIES_FILE
+from tests.bench.processes import callers, shard_process
+from tests.bench.report import render
+from tests.bench.rounds import as_dicts, measure_paths, measure_stages
+from tests.bench.stages import STAGES
+from chaos import cluster as clusters
+
+COLLECTION: Final = "bench"
+TARGET_MS: Final = 1.5
+"""First slice: what gRPC may add to a raw search at p50, one client, idle machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much of everything. seconds: of one round of one path."""
+
+    rows: int
+    rounds: int
+    seconds: float
+    clients: int
+    write_seconds: float
+    link_seconds: float
+
+
+FULL: Final = Size(
+    rows=100_000, rounds=5, seconds=1.5, clients=8, write_seconds=4.0, link_seconds=0.5
+)
+SMOKE: Final = Size(
+    rows=5_000, rounds=2, seconds=0.4, clients=2, write_seconds=0.5, link_seconds=0.1
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--smoke", action="store_true", help="everything small, within a minute")
+    parser.add_argument("--json", type=Path, default=Path("build/bench.json"))
+    options = parser.parse_args()
+    bench = run(SMOKE if options.smoke else FULL, _say)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(bench, indent=1) + "\n")
+    print(render(bench))
+    print(f"\nfigures are in {options.json}")
+
+
+def run(size: Size, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Runs the whole bench and returns every figure; see report.py for what they mean."""
+    described = machine.describe_machine()
+    progress(f"making {size.rows:,} rows and exact answers to {QUERIES} queries")
+    corpus = make_corpus(size.rows)
+    with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
+        directory = Path(folder)
+        progress("building one FAISS index over all rows")
+        depth = _prepare_raw(corpus, directory)
+        progress("starting a cluster")
+        with clusters.running(directory, servers=1) as cluster:
+            with shoal.Client(cluster.grpc_address, timeout_s=60.0) as client:
+                load = writes.load(client, COLLECTION, corpus, progress)
+                progress("waiting until everything is indexed and compacted")
+                load |= writes.settle(client, cluster, COLLECTION)
+            schema = uvloop.run(_schema(cluster.bucket))
+            secret = bytes.fromhex(SystemIdGenerator().hex(32))
+            with shard_process(
+                bucket=cluster.bucket,
+                collection_id=schema.id,
+                socket=directory / "shard.sock",
+                secret=secret,
+            ) as (link_address, segments):
+                assert segments == load["segments"], "both shards search the same segments"
+                setup = directory / "setup.json"
+                Setup(
+                    directory=str(directory),
+                    bucket=cluster.bucket,
+                    grpc_address=cluster.grpc_address,
+                    link_address=link_address,
+                    link_secret=secret.hex(),
+                    collection=COLLECTION,
+                    collection_id=schema.id,
+                    schema=schema.to_wire(),
+                    depth=depth,
+                ).save(setup)
+                searches = _measure_searches(setup, corpus, size, progress)
+            progress("measuring acknowledgements")
+            written = writes.acknowledgements(cluster, corpus.vectors, seconds=size.write_seconds)
+            processes = machine.describe_processes(cluster)
+        progress("measuring links alone")
+        link_figures = _measure_links(directory, size.link_seconds)
+    return {
+        "machine": described,
+        "versions": machine.describe_versions(),
+        "seeds": {"corpus": SEED, "codes": 0, "calibration": 0},
+        "size": asdict(size),
+        "collection": {
+            "rows": size.rows,
+            "dimension": corpus.vectors.shape[1],
+            "k": K,
+            "recall_target": RECALL_TARGET,
+            "shards": 1,
+            "replicas": 1,
+            "segments": load["segments"],
+            "memtable_rows": load["memtable_rows"],
+            "raw_depth": depth,
+        },
+        **searches,
+        "target_ms": TARGET_MS,
+        "load": load,
+        "writes": written,
+        "links": link_figures,
+        "processes": processes,
+    }
+
+
+def _prepare_raw(corpus: BenchCorpus, directory: Path) -> int:
+    """Writes vectors, queries and codes for the callers; returns how many rows raw rescores.
+
+    The codes, and the depth that reaches the recall target, are found as a segment's build does.
+    """
+    np.save(directory / VECTORS, corpus.vectors)
+    np.save(directory / QUERIES_FILE, corpus.queries)
+    codes = train_fast_scan(corpus.vectors, Metric.COSINE, 0)
+    index = FastScanIndex(codes, corpus.vectors, Metric.COSINE)
+    curve = measure_recall(index, corpus.vectors, Metric.COSINE, 0)
+    setting = setting_for(curve, RECALL_TARGET, K, len(corpus.vectors))
+    assert setting.depth is not None, setting.reason
+    with (directory / CODES).open("wb") as file:
+        for part in encode_codes(codes, corpus.vectors.shape[1]):
+            file.write(part.data)
+    return setting.depth
+
+
+async def _schema(bucket: str) -> CollectionSchema:
+    """Returns the collection's schema with the id that the bucket knows it by."""
+    store = open_store(bucket)
+    try:
+        record = (await CatalogLog(store, SystemClock(), SystemIdGenerator()).read()).by_name(
+            COLLECTION
+        )
+        assert record is not None, "it was created"
+        return record.schema
+    finally:
+        await store.close()
+
+
+def _measure_searches(
+    setup: Path, corpus: BenchCorpus, size: Size, progress: Callable[[str], None]
+) -> dict[str, Any]:
+    with callers(setup, 1) as one:
+        alone = measure_paths(
+            one, corpus, rounds=size.rounds, seconds=size.seconds, progress=progress
+        )
+        progress("taking queries apart")
+        stages, queries = measure_stages(one[0], rounds=size.rounds, seconds=size.seconds)
+    with callers(setup, size.clients) as many:
+        together = measure_paths(
+            many, corpus, rounds=size.rounds, seconds=size.seconds, progress=progress
+        )
+    p50_ms = {figures.path: figures.p50_ms for figures in alone}
+    return {
+        "paths": as_dicts([*alone, *together]),
+        "p50_minus_raw_ms_1_client": round(p50_ms["grpc"] - p50_ms["raw"], 3),
+        "p50_minus_raw_paced_ms_1_client": round(p50_ms["grpc"] - p50_ms["raw_paced"], 3),
+        "stages_ms": stages,
+        "stages_queries": queries,
+        "stages_sum_ms": round(sum(stages[stage] for stage, _ in STAGES), 4),
+    }
+
+
+def _measure_links(directory: Path, seconds: float) -> list[dict[str, Any]]:
+    addresses = [f"unix:{directory}/echo-{number}.sock" for number in range(links.FAN_OUT)]
+    with links.serving(addresses) as pairs:
+        return [asdict(figure) for figure in uvloop.run(links.measure("unix", pairs, seconds))]
+
+
+def _say(step: str, started_s: float = time.perf_counter()) -> None:  # noqa: B008
+    print(f"[{time.perf_counter() - started_s:6.1f} s] {step}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

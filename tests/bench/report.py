@@ -1,0 +1,80 @@
+"""Prints what a bench measured."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from tests.bench.stages import STAGES
+
+_PATH_NAMES: Final = {
+    "raw": "raw FAISS, in process",
+    "raw_paced": "raw FAISS, paced like gRPC",
+    "raw_segments": "raw, the shard's segments",
+    "link": "through a link",
+    "grpc": "through gRPC and SDK",
+    "grpc_payload": "the same with payloads",
+}
+
+
+def render(bench: Mapping[str, Any]) -> str:
+    """Returns the report; `bench` is what build/bench.json holds."""
+    machine, collection = bench["machine"], bench["collection"]
+    lines = [
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"Linux {machine['kernel']}, load average {machine['load_average_1min']} before",
+        ", ".join(f"{name} {version}" for name, version in bench["versions"].items()),
+        f"{collection['rows']:,} x {collection['dimension']}, k {collection['k']}, recall target "
+        f"{collection['recall_target']}; one shard, one replica, {collection['segments']} "
+        f"segment{'s' * (collection['segments'] != 1)}, {collection['memtable_rows']} rows not "
+        f"indexed; raw rescores {collection['raw_depth']} rows",
+        "",
+        f"{'':28}{'clients':>8}{'p50 ms':>9}{'p99 ms':>9}{'queries/s':>11}{'recall':>8}"
+        f"{'p50 ratio':>11}{'q/s ratio':>11}",
+    ]
+    lines += [_path_line(each) for each in bench["paths"]]
+    lines += [
+        "",
+        f"gRPC p50 minus raw p50, one client: {bench['p50_minus_raw_ms_1_client']:.2f} ms "
+        f"(target at most {bench['target_ms']} on an idle machine); minus raw at the same pace: "
+        f"{bench['p50_minus_raw_paced_ms_1_client']:.2f} ms",
+        "",
+        f"stages of a query through gRPC, ms (typical of {bench['stages_queries']} with explain)",
+    ]
+    spent = bench["stages_ms"]
+    lines += [f"  {stage:12}{spent[stage]:8.3f}  {meaning}" for stage, meaning in STAGES]
+    lines += [
+        f"  {'sum':12}{bench['stages_sum_ms']:8.3f}  end to end p50 "
+        f"{spent['end to end p50']:.3f}",
+        "",
+    ]
+    load = bench["load"]
+    lines.append(
+        f"bulk load: {load['rows']:,} rows acknowledged in {load['acknowledged_seconds']} s, "
+        f"{load['rows_per_s']:,} rows/s; indexed and compacted {load['settled_seconds']} s later"
+    )
+    for each in bench["writes"]:
+        lines.append(
+            f"acknowledged upserts of one row, {each['writers']:>2} writers: p50 "
+            f"{each['p50_ms']} ms, p99 {each['p99_ms']} ms, {each['rows_per_s']} rows/s, "
+            f"{each['rows_per_put']} rows a PUT"
+        )
+    lines += ["", "3 KiB over a link against a raw echo, unix socket"]
+    for each in bench["links"]:
+        lines.append(
+            f"  {each['shape']:18} p50 {each['p50_us']:7.1f} µs, raw {each['raw_p50_us']:7.1f} µs, "
+            f"ratio {each['p50_ratio']}"
+        )
+    lines += ["", "processes of the cluster, idle"]
+    for each in bench["processes"]:
+        lines.append(
+            f"  {each['process'][:34]:34} {each['threads']:4} threads {each['memory_mib']:6} MiB "
+            f"{each['idle_cpu_percent']:6.1f} % processor"
+        )
+    return "\n".join(lines)
+
+
+def _path_line(figures: Mapping[str, Any]) -> str:
+    return (
+        f"{_PATH_NAMES[figures['path']]:28}{figures['clients']:8}{figures['p50_ms']:9.2f}"
+        f"{figures['p99_ms']:9.2f}{figures['queries_per_s']:11.0f}{figures['recall']:8.4f}"
+        f"{figures['p50_ratio']:11.2f}{figures['queries_ratio']:11.2f}"
+    )

@@ -1,0 +1,329 @@
+"""A seeded world on one event loop: virtual time, and processes that can be killed and frozen.
+
+Time jumps to the next timer; nothing waits for the real clock and there are no threads. Everything
+that runs belongs to a `Process`, told by its context: callbacks of a killed process are dropped,
+those of a frozen one are held until it thaws. So a crash ends a process between any two steps of
+its tasks, without running one more line of its code: no `finally`, as with SIGKILL.
+
+Deterministic: callbacks run in the order they were scheduled; tasks and futures hash by number,
+not by address, so sets of them have an order; the garbage collector runs at set moments only.
+"""
+
+import asyncio
+import gc
+import selectors
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context, ContextVar, copy_context
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+STEPS_WITHOUT_TIME_MAX = 200_000
+"""Loop turns without a jump of time: more is a busy loop."""
+
+GARBAGE_EVERY_TURNS = 20_000
+"""Cycles are collected at the same turns of every run: collecting may run generators' ends."""
+
+
+class Stuck(AssertionError):
+    """The simulation can never end: a deadlock, a busy loop, or too much virtual time."""
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    """Waits for nothing: jumps to the moment it should have waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+        self.limit_s = float("inf")
+        self._idle_turns = 0
+        self._turns = 0
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        self._turns += 1
+        if self._turns % GARBAGE_EVERY_TURNS == 0:
+            gc.collect()
+        if timeout is None:
+            raise Stuck(f"every task waits for another at {self.now_s:.3f} s: a deadlock")
+        if timeout <= 0:
+            self._idle_turns += 1
+            if self._idle_turns > STEPS_WITHOUT_TIME_MAX:
+                raise Stuck(f"a busy loop at {self.now_s:.3f} s: time does not advance")
+            return []
+        self._idle_turns = 0
+        self.now_s += timeout
+        if self.now_s > self.limit_s:
+            raise Stuck(f"not done after {self.limit_s:.0f} virtual seconds")
+        return []
+
+
+class _Future(asyncio.Future[Any]):
+    """Hashes by number, so that sets of futures have the same order in every run."""
+
+    def __init__(self, *, loop: "SimulatedLoop") -> None:
+        self._number = loop.next_number()
+        super().__init__(loop=loop)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Task(asyncio.Task[Any]):
+    def __init__(
+        self, coro: Coroutine[Any, Any, Any], *, loop: "SimulatedLoop", context: Context | None
+    ) -> None:
+        self._number = loop.next_number()
+        super().__init__(coro, loop=loop, context=context)
+
+    def __hash__(self) -> int:
+        return self._number
+
+
+class _Handle(asyncio.Handle):
+    __slots__ = ("_process",)
+
+    def __init__(
+        self,
+        callback: Callable[..., object],
+        args: Any,
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+        process: "Process | None",
+    ) -> None:
+        super().__init__(callback, args, loop, context)
+        self._process = process
+
+    def _run(self) -> None:
+        process = self._process
+        if process is None or process.takes(self):
+            super()._run()  # type: ignore[misc]
+
+
+class _TimerHandle(asyncio.TimerHandle):
+    __slots__ = ("_process",)
+
+    def __init__(
+        self,
+        when: float,
+        callback: Callable[..., object],
+        args: Any,
+        loop: asyncio.AbstractEventLoop,
+        context: Context | None,
+        process: "Process | None",
+    ) -> None:
+        super().__init__(when, callback, args, loop, context)
+        self._process = process
+
+    def _run(self) -> None:
+        process = self._process
+        if process is None or process.takes(self):
+            super()._run()  # type: ignore[misc]
+
+
+class SimulatedLoop(asyncio.SelectorEventLoop):
+    """See the module. `bugs`: what ended a task that is neither a domain error nor a cancel."""
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        self._numbers = 0
+        self.processes: list[Process] = []
+        super().__init__(self._jumping)
+        self.set_task_factory(_make_task)  # type: ignore[arg-type]
+
+    def time(self) -> float:
+        return self._jumping.now_s
+
+    def limit(self, limit_s: float) -> None:
+        """Ends the run as Stuck when virtual time passes `limit_s`."""
+        self._jumping.limit_s = limit_s
+
+    def next_number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def create_future(self) -> asyncio.Future[Any]:
+        return _Future(loop=self)
+
+    def create_task(
+        self,
+        coro: Any,
+        *,
+        name: str | None = None,
+        context: Context | None = None,
+    ) -> asyncio.Task[Any]:
+        task = _Task(coro, loop=self, context=context)
+        process = _process_of(context)
+        if process is not None:
+            process.adopt(task)
+        return task
+
+    def _call_soon(self, callback: Any, args: Any, context: Context | None) -> asyncio.Handle:
+        handle = _Handle(callback, args, self, context, _process_of(context))
+        self._ready.append(handle)  # type: ignore[attr-defined]
+        return handle
+
+    def call_at(
+        self, when: float, callback: Any, *args: Any, context: Context | None = None
+    ) -> asyncio.TimerHandle:
+        import heapq
+
+        timer = _TimerHandle(when, callback, args, self, context, _process_of(context))
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        timer._scheduled = True  # type: ignore[attr-defined]
+        return timer
+
+    def resume(self, handles: deque[asyncio.Handle]) -> None:
+        """Schedules handles that were held, in their order."""
+        self._ready.extend(handles)  # type: ignore[attr-defined]
+
+
+def _make_task(
+    loop: SimulatedLoop, coro: Coroutine[Any, Any, Any], context: Context | None = None
+) -> asyncio.Task[Any]:
+    return loop.create_task(coro, context=context)
+
+
+_PROCESS: ContextVar["Process | None"] = ContextVar("simulated_process", default=None)
+
+
+def _process_of(context: Context | None) -> "Process | None":
+    return _PROCESS.get() if context is None else context.get(_PROCESS)
+
+
+def current_process() -> "Process | None":
+    """Returns the process that the running code belongs to, None for the world itself."""
+    return _PROCESS.get()
+
+
+class Process:
+    """Tasks and callbacks that live and die together.
+
+    held: while frozen, what became ready. Its tasks are kept after a kill, so that nothing of them
+    is collected and run before the simulation has ended.
+    """
+
+    def __init__(self, loop: SimulatedLoop, name: str) -> None:
+        self.name = name
+        self.alive = True
+        self.frozen = False
+        self.bugs: list[str] = []
+        self._loop = loop
+        self._held: deque[asyncio.Handle] = deque()
+        self._tasks: dict[asyncio.Task[Any], None] = {}
+        self._context = copy_context()
+        self._context.run(_PROCESS.set, self)
+        self._on_kill: list[Callable[[], None]] = []
+        loop.processes.append(self)
+
+    def context(self) -> Context:
+        """Returns a context in which code belongs to this process."""
+        return self._context.copy()
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Runs plain code as the process's own."""
+        return self.context().run(work)
+
+    def spawn(self, coro: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Starts a task of the process."""
+        return self._loop.create_task(coro, context=self.context())
+
+    def call_soon(self, callback: Callable[..., object], *args: object) -> None:
+        """Schedules a callback as the process's own: held when it is frozen, dropped when dead."""
+        self._loop.call_soon(callback, *args, context=self.context())
+
+    def on_kill(self, callback: Callable[[], None]) -> None:
+        self._on_kill.append(callback)
+
+    def kill(self) -> None:
+        """Ends the process at once; the callbacks of `on_kill` are the world's, not its own."""
+        if self.alive:
+            self.alive = False
+            self._held.clear()
+            for callback in self._on_kill:
+                callback()
+
+    def freeze(self) -> None:
+        self.frozen = True
+
+    def thaw(self) -> None:
+        if self.frozen:
+            self.frozen = False
+            self._loop.resume(self._held)
+            self._held = deque()
+
+    def takes(self, handle: asyncio.Handle) -> bool:
+        """Says whether a callback that is due may run now."""
+        if not self.alive:
+            return False
+        if self.frozen:
+            self._held.append(handle)
+            return False
+        return True
+
+    def adopt(self, task: asyncio.Task[Any]) -> None:
+        self._tasks[task] = None
+        task.add_done_callback(self._forget)
+
+    def bury(self) -> list[asyncio.Task[Any]]:
+        """Lets what is left of the process run again, cancelled; returns the tasks."""
+        self.alive, self.frozen = True, False
+        self._loop.resume(self._held)
+        self._held = deque()
+        for task in self._tasks:
+            task.cancel()
+        return list(self._tasks)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.pop(task, None)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not _is_domain_error(error):
+            self.bugs.append(f"{self.name}: a task ended with {type(error).__name__}: {error}")
+
+
+def _is_domain_error(error: BaseException) -> bool:
+    from shoal_cluster.domain.errors import Internal, ShoalError
+
+    return isinstance(error, ShoalError) and not isinstance(error, Internal)
+
+
+BURIAL_TURNS_MAX = 200
+
+
+async def _bury(loop: SimulatedLoop, main: asyncio.Task[Any] | None) -> None:
+    """Ends every task of every process, dead ones too, so that nothing is left to the collector."""
+    for _ in range(BURIAL_TURNS_MAX):
+        left = [task for process in loop.processes for task in process.bury()]
+        if not left:
+            return
+        await asyncio.sleep(0.01)
+
+
+def run(main: Coroutine[Any, Any, T], *, limit_s: float) -> T:
+    """Runs a coroutine in a world of its own; returns or raises what it does.
+
+    limit_s: of virtual time. Raises: Stuck.
+    """
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    loop = SimulatedLoop()
+    loop.limit(limit_s)
+    # Tasks that a crash left behind are ended below; asyncio would complain about their errors.
+    loop.set_exception_handler(lambda _loop, _context: None)
+    asyncio.set_event_loop(loop)
+    try:
+        return loop.run_until_complete(main)
+    finally:
+        try:
+            loop.limit(float("inf"))
+            loop.run_until_complete(_bury(loop, None))
+            loop.run_until_complete(loop.shutdown_asyncgens())
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
+            if was_enabled:
+                gc.enable()
+            gc.collect()
