@@ -14,9 +14,11 @@ import shoal
 from shoal_cluster.bootstrap import RunningCluster
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.cli.demo.corpus import load_corpus
+from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.ids import CollectionId
 from shoal_cluster.domain.keys import ShardKeys, number_of
-from shoal_cluster.domain.limits import SEAL_OPERATIONS
+from shoal_cluster.domain.limits import SETTLE_OPERATIONS
+from shoal_cluster.manifest.commit import Manifests
 from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of
 from tests.bench.paths import SHARD
 from chaos.cluster import wait_until
@@ -24,8 +26,9 @@ from chaos.cluster import wait_until
 SETTLE_S: Final = 600.0
 """100,000 rows are indexed within a minute on two idle cores."""
 
-QUIET_S: Final = 3.0
-"""Segments that did not change for so long, with no build running, change no more."""
+QUIET_S: Final = 4.0
+"""Segments that did not change for so long, with no build running, change no more: a quiet shard
+looks for work every second."""
 
 WRITER_COUNTS: Final = (1, 64)
 _WRITES_COLLECTION: Final = "bench-writes"
@@ -77,7 +80,7 @@ def settle(client: shoal.Client, cluster: RunningCluster, name: str) -> dict[str
         (shard,) = client.status(name).collections[0].shards
         now = (shard.memtable_rows, shard.segments, shard.manifest_version)
         # A memtable below the limit is not sealed until more rows come.
-        if now != last or shard.memtable_rows >= SEAL_OPERATIONS or _building(cluster):
+        if now != last or shard.memtable_rows >= SETTLE_OPERATIONS or _building(cluster):
             last, since_s = now, time.perf_counter()
             return None
         if time.perf_counter() - since_s < QUIET_S:
@@ -173,9 +176,11 @@ async def _write(
 
 
 async def _newest_slot(bucket: str, keys: ShardKeys) -> int:
-    """Returns the number of the last WAL object: one PUT made each."""
+    """Returns the number of the last WAL object: one PUT made each, though it may be deleted."""
     store = open_store(bucket)
     try:
-        return max((number_of(entry.key) for entry in await store.list(keys.wal)), default=0)
+        slots = [number_of(entry.key) for entry in await store.list(keys.wal)]
+        manifest = await Manifests(store, keys, SystemClock()).newest()
+        return max(slots, default=0) if manifest is None else max(*slots, manifest.floor_slot, 0)
     finally:
         await store.close()

@@ -11,6 +11,7 @@ not by address, so sets of them have an order; the garbage collector runs at set
 
 import asyncio
 import gc
+import heapq
 import selectors
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -166,8 +167,6 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def call_at(
         self, when: float, callback: Any, *args: Any, context: Context | None = None
     ) -> asyncio.TimerHandle:
-        import heapq
-
         timer = _TimerHandle(when, callback, args, self, context, _process_of(context))
         heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
         timer._scheduled = True  # type: ignore[attr-defined]
@@ -213,7 +212,7 @@ class Process:
         self._tasks: dict[asyncio.Task[Any], None] = {}
         self._context = copy_context()
         self._context.run(_PROCESS.set, self)
-        self._on_kill: list[Callable[[], None]] = []
+        self._on_kill: dict[Callable[[], None], None] = {}
         loop.processes.append(self)
 
     def context(self) -> Context:
@@ -233,14 +232,18 @@ class Process:
         self._loop.call_soon(callback, *args, context=self.context())
 
     def on_kill(self, callback: Callable[[], None]) -> None:
-        self._on_kill.append(callback)
+        """Has the world call back when the process is killed, in the order of these calls."""
+        self._on_kill[callback] = None
+
+    def off_kill(self, callback: Callable[[], None]) -> None:
+        self._on_kill.pop(callback, None)
 
     def kill(self) -> None:
         """Ends the process at once; the callbacks of `on_kill` are the world's, not its own."""
         if self.alive:
             self.alive = False
             self._held.clear()
-            for callback in self._on_kill:
+            for callback in list(self._on_kill):
                 callback()
 
     def freeze(self) -> None:

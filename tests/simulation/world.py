@@ -140,6 +140,12 @@ class World:
             await asyncio.sleep(self.delays.draw(rng))
             raise Unavailable("nobody answers to the name; nothing was sent")
         answer: asyncio.Future[T] = self.loop.create_future()
+
+        def reset() -> None:
+            if not answer.done():
+                answer.set_exception(lost("the process died"))
+
+        target.on_kill(reset)
         delivery = self.spawn(self._deliver(target, work, answer, rng))
         try:
             async with asyncio.timeout(timeout_s):
@@ -147,6 +153,7 @@ class World:
         except TimeoutError:
             raise lost(f"no answer within {timeout_s:g} s") from None
         finally:
+            target.off_kill(reset)
             delivery.cancel()
 
     async def _deliver(

@@ -12,6 +12,7 @@ Invariant L-1: the sum of a sealed manifest equals the sum the log had at its fl
 """
 
 import asyncio
+import functools
 import hashlib
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
@@ -100,7 +101,7 @@ class Sealer:
     def start(self) -> None:
         """Freezes the memtables and seals them in the background. Call between appends."""
         point = self._replica.state.rotate()
-        self._seal = asyncio.ensure_future(self._guard(self._run_seal(point)))
+        self._seal = asyncio.ensure_future(self._guard(functools.partial(self._run_seal, point)))
         self._seal.add_done_callback(lambda _: self._on_idle())
 
     def stop(self) -> None:
@@ -136,10 +137,10 @@ class Sealer:
                 "garbage_not_deleted", shard=self._replica.keys.shard, reason=error.message
             )
 
-    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guard(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs background work; a failure that waiting cannot cure ends the epoch."""
         try:
-            await work
+            await work()
         except NotPrimary as error:
             self._on_lost(error.message)
         except ShoalError as error:
@@ -188,7 +189,9 @@ class Sealer:
         if chosen:
             segments = self._replica.state.segments
             sources = tuple(segments[source.id] for source in chosen)
-            self._compaction = asyncio.ensure_future(self._guard(self._run_compaction(sources)))
+            self._compaction = asyncio.ensure_future(
+                self._guard(functools.partial(self._run_compaction, sources))
+            )
 
     async def _run_compaction(self, sources: tuple[SegmentView, ...]) -> None:
         """Merges segments; sources: as they are in the present manifest."""

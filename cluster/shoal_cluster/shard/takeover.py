@@ -104,3 +104,10 @@ async def _accept_or_yield(replica: Replica, record: WalRecord, epoch: Epoch) ->
         )
     if record.slot > replica.state.slot:  # a manifest may have lifted us over it meanwhile
         await replica.accept(record)
+    if replica.manifest is not None and replica.manifest.epoch > epoch:
+        # We slept and were lifted to a later epoch's floor. A fence of ours at the true tail would
+        # make the log's epochs go back (W-3), and nobody could take the shard over any more.
+        raise Conflict(
+            f"shard {replica.keys.shard}: epoch {replica.manifest.epoch} was claimed while {epoch} "
+            "was on its way to the end of the log"
+        )

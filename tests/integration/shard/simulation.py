@@ -140,6 +140,11 @@ class Simulation:
                         await self._attempt(operation, rng)
                     break
                 await asyncio.sleep(rng.random())
+        # Very late retries: their records may be sealed, and led by somebody else.
+        mine = [operation for operation in self.history.operations if operation.client == client]
+        for operation in rng.sample(mine, 4):
+            if operation.replies:
+                await self._attempt(operation, rng)
 
     async def _attempt(self, operation: Operation, rng: random.Random) -> bool:
         """Sends the request once to some primary, perhaps a fenced one; says if it was acked."""

@@ -1,4 +1,4 @@
-"""Under faults nothing acknowledged is lost, nothing deleted comes back, no strong read is stale."""
+"""Under faults: nothing acknowledged is lost, nothing deleted is back, no strong read is stale."""
 
 import pytest
 

@@ -280,3 +280,46 @@ def test_frozen_memtables_of_a_dead_primary_are_sealed_by_the_next(tmp_path):
         await heir.crash()
 
     run(scenario())
+
+
+class _Gate(MemoryStore):
+    """A handle whose reads of the log wait, once shut: its process sleeps there."""
+
+    def __init__(self, objects):
+        super().__init__(objects)
+        self.shut = False
+        self.asleep = asyncio.Event()
+        self.wake = asyncio.Event()
+
+    async def get(self, key):
+        if self.shut and key.startswith(KEYS.wal):
+            self.asleep.set()
+            await self.wake.wait()
+        return await super().get(key)
+
+
+def test_a_claimant_that_slept_through_a_whole_reign_leaves_the_shard_alone(tmp_path):
+    """Found by the protocol model (claim_outlived): its late fence made the shard unleadable."""
+
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        shard.network.connected = False
+        gate = _Gate(shard.objects)
+        sleeper = await shard.node(store=gate).load()
+        await sleeper.replica.close()
+        first = await shard.lead()
+        gate.shut = True
+        claim = asyncio.ensure_future(sleeper.promote())
+        await gate.asleep.wait()
+        await first.write(upsert(1, {"a": 1.0}))
+        winner = await shard.lead()
+        await winner.seal()
+        collect_below_floor(shard, winner.replica.manifest.floor_slot)
+        gate.wake.set()
+        (refused,) = await asyncio.gather(claim, return_exceptions=True)
+        assert isinstance(refused, Conflict)
+        for _ in range(3):
+            node = await shard.lead()
+            assert points_of(node.replica) == {"a": 1.0}
+
+    run(scenario())

@@ -39,7 +39,7 @@ class Attempt:
 
     @property
     def latency_ms(self) -> float:
-        return (self.answered_s - max(self.due_s, self.answered_s - 0.004)) * 1000
+        return (self.answered_s - self.due_s) * 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
