@@ -22,7 +22,7 @@ from shoal_cluster.actors.configuration import (
     ClusterConfiguration,
 )
 from shoal_cluster.actors.coordinator import Coordinator, StartEdge
-from shoal_cluster.actors.process import configure_logging, make_pool
+from shoal_cluster.actors.process import make_pool
 from shoal_cluster.actors.shard_server import REPORT, ShardServer
 from shoal_cluster.actors.status import cluster_status
 from shoal_cluster.bucket.open import open_store
@@ -51,6 +51,7 @@ from shoal_cluster.domain.status import ClusterStatus
 from shoal_cluster.domain.topology import Topology
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.pool import LinkPool
+from shoal_cluster.telemetry.logs import configure_logging
 
 _log = structlog.get_logger()
 
@@ -227,7 +228,7 @@ class Controller:
     """See actors/README.md for the life of an actor."""
 
     def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
-        configure_logging(configuration, CONTROLLER)
+        configure_logging(cluster=configuration.cluster, actor=CONTROLLER)
         self._configuration = configuration
         self._clock = SystemClock()
         self._started_ms = self._clock.wall_ms()

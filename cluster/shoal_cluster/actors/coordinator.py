@@ -16,7 +16,7 @@ from shoal_cluster.actors.configuration import (
     NAMESPACE,
     ClusterConfiguration,
 )
-from shoal_cluster.actors.process import configure_logging, make_pool
+from shoal_cluster.actors.process import make_pool
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import NotFound, Unavailable
@@ -28,6 +28,7 @@ from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
 from shoal_cluster.domain.topology import Topology
 from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.query.execute import Searcher
+from shoal_cluster.telemetry.logs import configure_logging
 
 _log = structlog.get_logger()
 
@@ -152,7 +153,7 @@ class Coordinator:
     """See actors/README.md for the life of an actor."""
 
     def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
-        configure_logging(configuration, COORDINATOR)
+        configure_logging(cluster=configuration.cluster, actor=COORDINATOR)
         self._configuration = configuration
         self._start_edge = start_edge
         self._clock = SystemClock()

@@ -1,12 +1,10 @@
-"""What every actor process sets up alike: logs, links out, and a listener for links in."""
+"""What every actor process sets up alike: links out, and a listener for links in."""
 
 import functools
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import ray
-import structlog
 
 from shoal_cluster.actors.configuration import ClusterConfiguration
 from shoal_cluster.links.address import LinkAddress, parse_address, tcp_address
@@ -14,22 +12,6 @@ from shoal_cluster.links.connection import connect
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Handler
 from shoal_cluster.links.pool import LinkPool
-
-
-def configure_logging(configuration: ClusterConfiguration, actor: str) -> None:
-    """Sends structured events to standard error, which Ray keeps and rotates per process."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(),
-        cache_logger_on_first_use=True,
-    )
-    structlog.contextvars.bind_contextvars(cluster=configuration.cluster, actor=actor)
 
 
 def make_pool(configuration: ClusterConfiguration, name: str) -> LinkPool:

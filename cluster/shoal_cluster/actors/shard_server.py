@@ -15,10 +15,11 @@ import structlog
 from shoal_cluster.actors.builder import RayBuilds
 from shoal_cluster.actors.configuration import ClusterConfiguration
 from shoal_cluster.actors.feed import PUSH, WAKE, FollowerFeed
-from shoal_cluster.actors.process import configure_logging, make_pool, start_listener
+from shoal_cluster.actors.process import make_pool, start_listener
 from shoal_cluster.bucket.local import FsyncFailed
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.ids import (
     CollectionId,
     ServerId,
@@ -35,6 +36,7 @@ from shoal_cluster.shard.compute import ThreadCompute
 from shoal_cluster.shard.host import ShardHost, ShardName
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.segment_files import SegmentFiles
+from shoal_cluster.telemetry.logs import configure_logging
 
 _log = structlog.get_logger()
 
@@ -46,7 +48,7 @@ class ShardServer:
     """See actors/README.md for the life of an actor."""
 
     def __init__(self, configuration: ClusterConfiguration, server: ServerId) -> None:
-        configure_logging(configuration, server)
+        configure_logging(cluster=configuration.cluster, actor=server)
         self._configuration = configuration
         self._server = server
         self._clock = SystemClock()
@@ -130,24 +132,24 @@ class ShardServer:
         return feed
 
     async def _search(self, request: Request) -> Reply:
-        call = SearchCall.from_wire(request.header)  # type: ignore[arg-type]
+        call = SearchCall.from_wire(_fields(request))
         reply, vectors = await self._host.search(call, request.body)
         return Reply(reply.to_wire(), vectors)
 
     async def _get(self, request: Request) -> Reply:
-        reply, vectors = await self._host.get(GetCall.from_wire(request.header))  # type: ignore[arg-type]
+        reply, vectors = await self._host.get(GetCall.from_wire(_fields(request)))
         return Reply(reply.to_wire(), vectors)
 
     async def _scroll(self, request: Request) -> Reply:
-        reply, vectors = await self._host.scroll(ScrollCall.from_wire(request.header))  # type: ignore[arg-type]
+        reply, vectors = await self._host.scroll(ScrollCall.from_wire(_fields(request)))
         return Reply(reply.to_wire(), vectors)
 
     async def _count(self, request: Request) -> Reply:
-        reply = await self._host.count(CountCall.from_wire(request.header))  # type: ignore[arg-type]
+        reply = await self._host.count(CountCall.from_wire(_fields(request)))
         return Reply(reply.to_wire())
 
     async def _write(self, request: Request) -> Reply:
-        call = WriteCall.from_wire(request.header, request.body)  # type: ignore[arg-type]
+        call = WriteCall.from_wire(_fields(request), request.body)
         try:
             reply = await self._host.write(call)
         except FsyncFailed as error:
@@ -158,12 +160,12 @@ class ShardServer:
         return Reply(reply.to_wire())
 
     def _push(self, request: Request) -> Reply:
-        collection, shard, slot = request.header  # type: ignore[misc]
+        collection, shard, slot = _fields(request)
         self._host.offer((collection, shard), Slot(slot), bytes(request.body))
         return Reply()
 
     def _wake(self, request: Request) -> Reply:
-        collection, shard = request.header  # type: ignore[misc]
+        collection, shard = _fields(request)
         self._host.wake((collection, shard))
         return Reply()
 
@@ -183,3 +185,13 @@ class ShardServer:
             },
         )
         return Reply(report.to_wire())
+
+
+def _fields(request: Request) -> list[Any]:
+    """Returns a request's header as the list that shard/calls.py makes of every call.
+
+    Raises: InvalidRequest when it is something else.
+    """
+    if not isinstance(request.header, list):
+        raise InvalidRequest(f"the header of '{request.method}' must be a list of fields")
+    return request.header

@@ -152,6 +152,7 @@ def test_canonical_form_has_column_types_and_sorted_values() -> None:
 @settings(max_examples=60, deadline=None)
 @given(cases(rows_max=0))
 def test_wire_form_round_trips_and_validation_is_idempotent(case: Case) -> None:
+    """Invariant F-2."""
     packed = msgpack.packb(to_wire(case.expression))
     assert repr(from_wire(msgpack.unpackb(packed))) == repr(case.expression)
     canonical = validate(case.expression, case.attributes)

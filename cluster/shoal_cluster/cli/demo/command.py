@@ -102,7 +102,7 @@ def _bucket(given: str | None, keep: bool, session: Session) -> Iterator[str]:
         if keep:
             session.output.step(f"bucket kept: try `shoal check {directory / 'bucket'}`")
         else:
-            pass
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 @contextmanager
