@@ -19,6 +19,8 @@ import numpy as np
 import uvloop
 
 import shoal
+from chaos import cluster as clusters
+from shoal_cluster.bootstrap import RunningCluster
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.control.catalog import CatalogLog
 from shoal_cluster.domain.clock import SystemClock
@@ -32,9 +34,13 @@ from tests.bench.paths import CODES, VECTORS, Setup
 from tests.bench.paths import QUERIES as QUERIES_FILE
 from tests.bench.processes import callers, shard_process
 from tests.bench.report import render
-from tests.bench.rounds import as_dicts, measure_paths, measure_stages
+from tests.bench.rounds import (
+    as_dicts,
+    measure_paths,
+    measure_processor_time,
+    measure_stages,
+)
 from tests.bench.stages import STAGES
-from chaos import cluster as clusters
 
 COLLECTION: Final = "bench"
 TARGET_MS: Final = 1.5
@@ -66,7 +72,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="everything small, within a minute")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"))
     options = parser.parse_args()
-    bench = run(SMOKE if options.smoke else FULL, _say)
+    bench = run(SMOKE if options.smoke else FULL, _teller(time.perf_counter()))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(bench, indent=1) + "\n")
     print(render(bench))
@@ -109,7 +115,7 @@ def run(size: Size, progress: Callable[[str], None]) -> dict[str, Any]:
                     schema=schema.to_wire(),
                     depth=depth,
                 ).save(setup)
-                searches = _measure_searches(setup, corpus, size, progress)
+                searches = _measure_searches(setup, corpus, cluster, size, progress)
             progress("measuring acknowledgements")
             written = writes.acknowledgements(cluster, corpus.vectors, seconds=size.write_seconds)
             processes = machine.describe_processes(cluster)
@@ -172,7 +178,11 @@ async def _schema(bucket: str) -> CollectionSchema:
 
 
 def _measure_searches(
-    setup: Path, corpus: BenchCorpus, size: Size, progress: Callable[[str], None]
+    setup: Path,
+    corpus: BenchCorpus,
+    cluster: RunningCluster,
+    size: Size,
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     with callers(setup, 1) as one:
         alone = measure_paths(
@@ -180,6 +190,7 @@ def _measure_searches(
         )
         progress("taking queries apart")
         stages, queries = measure_stages(one[0], rounds=size.rounds, seconds=size.seconds)
+        processor_ms = measure_processor_time(one[0], cluster, seconds=2 * size.seconds)
     with callers(setup, size.clients) as many:
         together = measure_paths(
             many, corpus, rounds=size.rounds, seconds=size.seconds, progress=progress
@@ -189,6 +200,7 @@ def _measure_searches(
         "paths": as_dicts([*alone, *together]),
         "p50_minus_raw_ms_1_client": round(p50_ms["grpc"] - p50_ms["raw"], 3),
         "p50_minus_raw_paced_ms_1_client": round(p50_ms["grpc"] - p50_ms["raw_paced"], 3),
+        "processor_ms_per_query": processor_ms,
         "stages_ms": stages,
         "stages_queries": queries,
         "stages_sum_ms": round(sum(stages[stage] for stage, _ in STAGES), 4),
@@ -201,8 +213,13 @@ def _measure_links(directory: Path, seconds: float) -> list[dict[str, Any]]:
         return [asdict(figure) for figure in uvloop.run(links.measure("unix", pairs, seconds))]
 
 
-def _say(step: str, started_s: float = time.perf_counter()) -> None:  # noqa: B008
-    print(f"[{time.perf_counter() - started_s:6.1f} s] {step}", flush=True)
+def _teller(started_s: float) -> Callable[[str], None]:
+    """Returns what prints a step and how long the bench has run."""
+
+    def tell(step: str) -> None:
+        print(f"[{time.perf_counter() - started_s:6.1f} s] {step}", flush=True)
+
+    return tell
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Describes where and with what a bench ran, so that figures can be read next year."""
 
+import contextlib
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +12,8 @@ from typing import Any, Final
 import faiss
 import psutil
 
-from shoal_cluster.bootstrap import RunningCluster
 from chaos.cluster import processes_of
+from shoal_cluster.bootstrap import RunningCluster
 
 _DISTRIBUTIONS: Final = (
     "shoal",
@@ -56,51 +57,52 @@ def describe_processes(cluster: RunningCluster) -> list[dict[str, Any]]:
     neighbours.
     """
     processes = processes_of(cluster)
-    before = _cpu_seconds(processes)
+    before_s = processor_seconds(processes)
     time.sleep(IDLE_S)
-    after = _cpu_seconds(processes)
+    after_s = processor_seconds(processes)
     described = []
     for process in processes:
-        if process.pid not in before or process.pid not in after:
-            continue
-        try:
+        with contextlib.suppress(psutil.NoSuchProcess, KeyError):
+            spent_s = after_s[process.pid] - before_s[process.pid]
             described.append(
                 {
-                    "process": _title(process.cmdline()),
+                    "process": title_of(process),
                     "threads": process.num_threads(),
                     "memory_mib": round(process.memory_info().rss / 2**20),
-                    "idle_cpu_percent": round(
-                        100 * (after[process.pid] - before[process.pid]) / IDLE_S, 1
-                    ),
+                    "idle_cpu_percent": round(100 * spent_s / IDLE_S, 2),
                 }
             )
-        except psutil.NoSuchProcess:
-            continue
     return sorted(described, key=lambda each: str(each["process"]))
 
 
-def _cpu_seconds(processes: Sequence[psutil.Process]) -> dict[int, float]:
-    spent = {}
-    for process in processes:
-        try:
-            times = process.cpu_times()
-        except psutil.NoSuchProcess:
-            continue
-        spent[process.pid] = times.user + times.system
-    return spent
+def processor_seconds(processes: Iterable[psutil.Process]) -> dict[int, float]:
+    """Returns processor time of all threads so far, by pid, to the nanosecond.
 
-
-def _title(command: Sequence[str]) -> str:
-    """Returns `ray::Coordinator` of an actor, `raylet` of a binary, `ray monitor.py` of a script.
+    From schedstat: what `ps` shows is sampled by timer ticks, too coarse for a query.
     """
-    if not command:
-        return "?"
-    words = command[0].split()
+    spent_s = {}
+    for process in processes:
+        nanoseconds = 0
+        for thread in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
+            # A thread may end while it is being looked at.
+            with contextlib.suppress(OSError):
+                nanoseconds += int(thread.read_text().split()[0])
+        if nanoseconds:
+            spent_s[process.pid] = nanoseconds / 1e9
+    return spent_s
+
+
+def title_of(process: psutil.Process) -> str:
+    """Returns `ray::Coordinator` for an actor, `raylet` for a binary, `ray x.py` for a script."""
+    command = process.cmdline()
+    words = command[0].split() if command else []
     first = Path(words[0]).name if words else "?"
-    if first.startswith("python"):
-        script = next((word for word in command[1:] if word.endswith(".py")), "")
-        return f"ray {Path(script).name}" if script else first
-    return first
+    if not first.startswith("python"):
+        return first
+    script = next((word for word in command[1:] if word.endswith(".py")), "")
+    if script:
+        return f"ray {Path(script).name}"
+    return "ray start" if "start" in command else f"python {' '.join(command[1:3])}"
 
 
 def _processor() -> str:

@@ -84,7 +84,8 @@ class RawSearch:
         self._depth = setup.depth
 
     def ask(self, query: Floats) -> npt.NDArray[np.int64]:
-        return self._index.search(query, K, depth=self._depth)[1][0]
+        rows: npt.NDArray[np.int64] = self._index.search(query, K, depth=self._depth)[1][0]
+        return rows
 
 
 class SegmentsSearch:
@@ -175,8 +176,10 @@ class GrpcSearch:
 def rows_of(answer: Any) -> list[int]:
     """Returns the rows an answer names, K of them, padded with -1."""
     rows = [
-        row_of(hit.decode()) if isinstance(hit, bytes)
-        else row_of(hit) if isinstance(hit, str)
+        row_of(hit.decode())
+        if isinstance(hit, bytes)
+        else row_of(hit)
+        if isinstance(hit, str)
         else int(hit)
         for hit in answer
     ]

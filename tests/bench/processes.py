@@ -22,6 +22,10 @@ class CallerProcess:
         self._process = _start("tests.bench.caller", str(setup))
         self.receive()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def send(self, order: dict[str, Any]) -> None:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(order) + "\n")

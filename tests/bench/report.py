@@ -42,8 +42,9 @@ def render(bench: Mapping[str, Any]) -> str:
     spent = bench["stages_ms"]
     lines += [f"  {stage:12}{spent[stage]:8.3f}  {meaning}" for stage, meaning in STAGES]
     lines += [
-        f"  {'sum':12}{bench['stages_sum_ms']:8.3f}  end to end p50 "
-        f"{spent['end to end p50']:.3f}",
+        f"  {'sum':12}{bench['stages_sum_ms']:8.3f}  end to end p50 {spent['end to end p50']:.3f}",
+        "processor time of a query through gRPC, ms: "
+        + ", ".join(f"{role} {ms:.2f}" for role, ms in bench["processor_ms_per_query"].items()),
         "",
     ]
     load = bench["load"]

@@ -5,8 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 import numpy as np
+import psutil
 
+from chaos.cluster import processes_of
+from shoal_cluster.bootstrap import RunningCluster
 from tests.bench.corpus import BenchCorpus, K
+from tests.bench.machine import processor_seconds, title_of
 from tests.bench.processes import CallerProcess
 from tests.bench.stages import typical_ms
 
@@ -99,6 +103,33 @@ def measure_stages(
     spent = {stage: round(each, 4) for stage, each in typical_ms(samples).items()}
     spent["end to end p50"] = round(float(np.median([s["end to end"] for s in samples])), 4)
     return spent, len(samples)
+
+
+def measure_processor_time(
+    caller: CallerProcess, cluster: RunningCluster, *, seconds: float
+) -> dict[str, float]:
+    """Returns milliseconds of processor time that one query through gRPC takes, by process.
+
+    Unlike latency it does not grow with what else runs on the machine, caches aside.
+    """
+    processes = [*processes_of(cluster), psutil.Process(caller.pid)]
+    roles = {process.pid: _role(process, caller) for process in processes}
+    before_s = processor_seconds(processes)
+    queries = len(caller.ask({"path": "grpc", "seconds": seconds})["latencies_us"])
+    after_s = processor_seconds(processes)
+    spent_ms = dict.fromkeys(("client", "coordinator", "shard server", "everything else"), 0.0)
+    for pid in before_s.keys() & after_s.keys():
+        spent_ms[roles[pid]] += (after_s[pid] - before_s[pid]) / queries * 1e3
+    return {role: round(each, 3) for role, each in spent_ms.items()}
+
+
+def _role(process: psutil.Process, caller: CallerProcess) -> str:
+    if process.pid == caller.pid:
+        return "client"
+    title = title_of(process)
+    if "Coordinator" in title:
+        return "coordinator"
+    return "shard server" if "ShardServer" in title else "everything else"
 
 
 def as_dicts(figures: Sequence[PathFigures]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 
 import shoal
+from chaos.cluster import wait_until
 from shoal_cluster.bootstrap import RunningCluster
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.cli.demo.corpus import load_corpus
@@ -21,7 +22,6 @@ from shoal_cluster.domain.limits import SETTLE_OPERATIONS
 from shoal_cluster.manifest.commit import Manifests
 from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of
 from tests.bench.paths import SHARD
-from chaos.cluster import wait_until
 
 SETTLE_S: Final = 600.0
 """100,000 rows are indexed within a minute on two idle cores."""

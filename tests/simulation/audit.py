@@ -109,6 +109,16 @@ class Audit:
         """Returns how many objects were durable by now."""
         return len(self.objects.order)
 
+    def durable_slots(self) -> dict[Place, int]:
+        """Returns the last slot of each shard's log."""
+        ends = {}
+        for place, slots in self._slots().items():
+            end = 0
+            while end + 1 in slots:
+                end += 1
+            ends[place] = end
+        return ends
+
     def _slots(self) -> dict[Place, dict[int, bytes]]:
         slots: dict[Place, dict[int, bytes]] = defaultdict(dict)
         for key, body in self.objects.first.items():

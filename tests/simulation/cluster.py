@@ -11,7 +11,7 @@ from collections.abc import Coroutine, Mapping
 from typing import Any, TypeVar
 
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
-from shoal_cluster.bucket.faults import NO_FAULTS, FaultPlan
+from shoal_cluster.bucket.faults import FaultPlan
 from shoal_cluster.control.catalog import Owner
 from shoal_cluster.control.controller import ControlLoop
 from shoal_cluster.control.reconcile import (
@@ -93,11 +93,11 @@ class Cluster:
             self.world, self.network, self.objects, self._calls, self._plan, name
         )
 
-    def calm(self) -> None:
-        """Ends all faults of the bucket, for processes there are and to come."""
-        self._plan = NO_FAULTS
+    def weather(self, plan: FaultPlan) -> None:
+        """Changes the bucket's faults, for processes there are and to come."""
+        self._plan = plan
         for life in [*self.servers.values(), *self.controllers]:
-            life.machine.store.faults.plan = NO_FAULTS
+            life.machine.store.faults.plan = plan
 
     def start_server(self, name: ServerId) -> SimulatedServer:
         server = SimulatedServer(self.machine(name), name)
@@ -218,7 +218,7 @@ class SimulatedServers:
             assert life is not None
             return life.address
 
-        if life is not None and life.address:
+        if life is not None and life.address != "":
             try:
                 self._addresses[server] = await self._ray_call(life, describe)
             except ShoalError:

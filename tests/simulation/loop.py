@@ -198,8 +198,8 @@ def current_process() -> "Process | None":
 class Process:
     """Tasks and callbacks that live and die together.
 
-    held: while frozen, what became ready. Its tasks are kept after a kill, so that nothing of them
-    is collected and run before the simulation has ended.
+    held: what became ready while frozen or dead. Kept after a kill too, with the tasks, so that
+    nothing of them is collected, and thereby run, before the simulation has ended.
     """
 
     def __init__(self, loop: SimulatedLoop, name: str) -> None:
@@ -242,7 +242,6 @@ class Process:
         """Ends the process at once; the callbacks of `on_kill` are the world's, not its own."""
         if self.alive:
             self.alive = False
-            self._held.clear()
             for callback in list(self._on_kill):
                 callback()
 
@@ -250,32 +249,26 @@ class Process:
         self.frozen = True
 
     def thaw(self) -> None:
-        if self.frozen:
-            self.frozen = False
+        self.frozen = False
+        if self.alive:
             self._loop.resume(self._held)
             self._held = deque()
 
     def takes(self, handle: asyncio.Handle) -> bool:
         """Says whether a callback that is due may run now."""
-        if not self.alive:
-            return False
-        if self.frozen:
-            self._held.append(handle)
-            return False
-        return True
+        if self.alive and not self.frozen:
+            return True
+        self._held.append(handle)
+        return False
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
         self._tasks[task] = None
         task.add_done_callback(self._forget)
 
-    def bury(self) -> list[asyncio.Task[Any]]:
-        """Lets what is left of the process run again, cancelled; returns the tasks."""
-        self.alive, self.frozen = True, False
-        self._loop.resume(self._held)
-        self._held = deque()
-        for task in self._tasks:
-            task.cancel()
-        return list(self._tasks)
+    def revive(self) -> None:
+        """Lets what is left of the process run to its end, after the simulation."""
+        self.alive = True
+        self.thaw()
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._tasks.pop(task, None)
@@ -295,12 +288,17 @@ def _is_domain_error(error: BaseException) -> bool:
 BURIAL_TURNS_MAX = 200
 
 
-async def _bury(loop: SimulatedLoop, main: asyncio.Task[Any] | None) -> None:
+async def _bury(loop: SimulatedLoop) -> None:
     """Ends every task of every process, dead ones too, so that nothing is left to the collector."""
+    this = asyncio.current_task()
     for _ in range(BURIAL_TURNS_MAX):
-        left = [task for process in loop.processes for task in process.bury()]
+        for process in loop.processes:
+            process.revive()
+        left = [task for task in asyncio.all_tasks(loop) if task is not this]
         if not left:
             return
+        for task in left:
+            task.cancel()
         await asyncio.sleep(0.01)
 
 
@@ -322,7 +320,7 @@ def run(main: Coroutine[Any, Any, T], *, limit_s: float) -> T:
     finally:
         try:
             loop.limit(float("inf"))
-            loop.run_until_complete(_bury(loop, None))
+            loop.run_until_complete(_bury(loop))
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:
             asyncio.set_event_loop(None)

@@ -164,6 +164,8 @@ class World:
         rng: random.Random,
     ) -> None:
         await asyncio.sleep(self.delays.draw(rng))
+        if not target.alive:
+            return  # who asked was told when it died
         task = target.spawn(work())
         try:
             await asyncio.wait([task])

@@ -102,7 +102,7 @@ def is_terminal(stream: IO[str]) -> bool:
 def printable(text: str) -> str:
     """Returns the text with control characters written out: data must not steer a terminal."""
     return "".join(
-        each if True or each == "\n" else each.encode("unicode_escape").decode()
+        each if each.isprintable() or each == "\n" else each.encode("unicode_escape").decode()
         for each in text
     )
 

@@ -107,6 +107,9 @@ class ControlLoop:
         self._busy: dict[tuple[type, ServerId, str, int], asyncio.Task[None]] = {}
         self._promotions: dict[tuple[CollectionId, ShardNumber], _Promotion] = {}
         self._changed = asyncio.Condition()
+        # Two updates side by side may end in the other order than they were committed in; the
+        # earlier catalog would then stay in memory.
+        self._updating = asyncio.Lock()
         self.catalog = Catalog()
         self.reports: dict[ServerId, ServerReport] = {}
         self.topology = Topology(version=0, cluster_uuid=cluster_uuid)
@@ -116,9 +119,10 @@ class ControlLoop:
 
         Raises: Conflict, Unavailable.
         """
-        self.catalog = await self._catalog_log.update(
-            lambda catalog: replace(catalog, owner=self._owner)
-        )
+        async with self._updating:
+            self.catalog = await self._catalog_log.update(
+                lambda catalog: replace(catalog, owner=self._owner)
+            )
 
     async def run(self) -> None:
         """Reconciles until cancelled, or until another cluster owns the bucket."""
@@ -204,7 +208,8 @@ class ControlLoop:
             changed = change(catalog)
             return changed if request is None else changed.with_request(request)
 
-        self.catalog = await self._catalog_log.update(owned)
+        async with self._updating:
+            self.catalog = await self._catalog_log.update(owned)
         self._publish()
         self.wake()
 

@@ -126,7 +126,7 @@ class GarbageCollector:
             if entry.size_bytes <= FENCE_BYTES_MAX and number_of(entry.key) <= manifest.floor_slot
         }
         self._fences = {key: found for key, found in self._fences.items() if key in small}
-        for key in small:
+        for key in sorted(small):  # a set of text has another order in every process
             await self._learn(key)
         fences = self._fences
         return plan_garbage(

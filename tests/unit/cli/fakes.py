@@ -22,6 +22,7 @@ from shoal_protos.v1 import admin_pb2
 @dataclass
 class FakeRow:
     vector: Any
+    direction: Any
     attributes: Mapping[str, Any]
     seq: int
 
@@ -41,7 +42,7 @@ class FakeWorld:
     """Starts and stops fake clusters; `entrances` is what a command gets.
 
     servers: a process each, so that a command can kill one; `raise_in` makes a client's method
-    raise. forget: ids that a restart loses.
+    raise. forget, blur: ids that a restart loses, or whose vector it changes.
     """
 
     buckets: dict[str, FakeBucket] = field(default_factory=dict)
@@ -51,6 +52,7 @@ class FakeWorld:
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     raise_in: dict[str, BaseException] = field(default_factory=dict)
     forget: Sequence[str] = ()
+    blur: Sequence[str] = ()
     misplace: Callable[[list[str]], list[str]] = lambda ids: ids
     connected_to: list[str] = field(default_factory=list)
     seqs: Iterator[int] = field(default_factory=lambda: itertools.count(1))
@@ -70,6 +72,8 @@ class FakeWorld:
             for rows in bucket.rows.values():
                 for point_id in self.forget:
                     rows.pop(point_id, None)
+                for point_id in self.blur:
+                    rows[point_id].vector = rows[point_id].vector * 1.001
         cluster = RunningCluster(
             name=options.name,
             cluster_uuid="00000000-0000-0000-0000-000000000001",
@@ -241,13 +245,17 @@ class FakeCollection:
         return FakeUpserted(seqs=self._put(arrays))
 
     def _put(self, arrays: Mapping[str, Any]) -> list[int]:
-        vectors = arrays["vectors"] / np.linalg.norm(arrays["vectors"], axis=1, keepdims=True)
+        vectors = arrays["vectors"]
+        directions = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
         self._client.bucket.matrices.clear()
         seqs = []
         for row, point_id in enumerate(arrays["ids"]):
             seqs.append(next(self._client.world.seqs))
             self._rows[point_id] = FakeRow(
-                vector=vectors[row], attributes=arrays["attributes"][row], seq=seqs[-1]
+                vector=vectors[row],
+                direction=directions[row],
+                attributes=arrays["attributes"][row],
+                seq=seqs[-1],
             )
         return seqs
 
@@ -279,7 +287,7 @@ class FakeCollection:
                 for point_id, row in list(self._rows.items())
                 if case is None or case.holds({"installed_kb": None, **row.attributes})
             ]
-            found = ids, np.stack([self._rows[point_id].vector for point_id in ids])
+            found = ids, np.stack([self._rows[point_id].direction for point_id in ids])
             matrices[key] = found
         return found
 

@@ -471,6 +471,11 @@ def test_a_draining_listener_finishes_what_runs_and_refuses_the_rest(place: Plac
                     refusals.append(error)
             assert {error.outcome for error in refusals} == {Outcome.NOT_APPLIED}
             assert all("shutting down" in error.message for error in refusals)
+            # A caller that has not seen the notice is refused as well.
+            link.draining = False
+            with pytest.raises(Unavailable, match="was not started") as caught:
+                await link.call("echo", None, timeout_s=10, on_lost=WRITE)
+            assert caught.value.outcome is Outcome.NOT_APPLIED
             assert not call.done()
             gate.released.set()
             assert (await call).header == "kept"

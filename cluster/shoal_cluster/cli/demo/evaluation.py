@@ -55,7 +55,7 @@ class ExactSearch:
     """Exact cosine similarities of every query with every package."""
 
     def __init__(self, corpus: Corpus) -> None:
-        self._similarity = unit(corpus.query_vectors) @ unit(corpus.vectors).T
+        self._similarity = _unit(corpus.query_vectors) @ _unit(corpus.vectors).T
         self._row_of = {point_id: row for row, point_id in enumerate(corpus.ids)}
         self._packages = corpus.packages
 
@@ -118,7 +118,7 @@ def mean_reciprocal_rank(
     return float(np.mean(reciprocal))
 
 
-def unit(vectors: Floats) -> Floats:
+def _unit(vectors: Floats) -> Floats:
     """Returns the vectors divided by their lengths."""
     scaled: Floats = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return scaled

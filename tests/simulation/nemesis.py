@@ -1,0 +1,180 @@
+"""What goes wrong in a run, and when; all of it drawn from the seed."""
+
+import asyncio
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from shoal_cluster.bucket.faults import LEGAL_FAULTS, NO_FAULTS, FaultPlan, draw_legal_plan
+from shoal_cluster.domain.errors import ShoalError, Unavailable
+from tests.simulation.cluster import Cluster
+from tests.simulation.server import draw_between
+from tests.simulation.world import Delays
+
+_NO_DELAYS = Delays(usual_s=0.001, rare_s=0.0, rare=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weather:
+    """How hard a run is. mean_calm_s: between two misfortunes; misfortunes: their kinds."""
+
+    bucket: FaultPlan
+    delays: Delays
+    reply_loss: float
+    mean_calm_s: float
+    misfortunes: Sequence[str]
+
+
+MISFORTUNES = (
+    "crash server",
+    "crash server",
+    "freeze server",
+    "freeze server",
+    "partition server",
+    "sever links",
+    "forced takeover",
+    "forced takeover",
+    "second controller",
+    "crash controller",
+    "crash coordinator",
+    "clock jump",
+)
+
+
+def draw_weather(rng: random.Random) -> Weather:
+    """Returns a run's weather; one in four has a single kind of misfortune, one in eight none."""
+    kinds: Sequence[str] = MISFORTUNES
+    luck = rng.random()
+    if luck < 0.25:
+        kinds = (rng.choice(MISFORTUNES),)
+    elif luck < 0.375:
+        kinds = ()
+    return Weather(
+        bucket=_draw_bucket(rng),
+        delays=Delays(
+            usual_s=rng.choice((0.001, 0.005, 0.03)),
+            rare_s=rng.choice((0.1, 1.0, 4.0)),
+            rare=rng.choice((0.0, 0.01, 0.04)),
+        ),
+        reply_loss=rng.choice((0.0, 0.01, 0.05)),
+        mean_calm_s=rng.choice((1.0, 2.5, 6.0)),
+        misfortunes=kinds,
+    )
+
+
+def _draw_bucket(rng: random.Random) -> FaultPlan:
+    """Returns a plan; usually thinned, so that there is something left to go wrong in between."""
+    plan = draw_legal_plan(rng)
+    share = rng.choice((0.0, 0.1, 0.3, 0.3, 1.0))
+    odds = {fault.value: share * plan.probability(fault) for fault in LEGAL_FAULTS}
+    return replace(plan, **odds)  # type: ignore[arg-type]
+
+
+class Nemesis:
+    """Lets one misfortune after the other befall a cluster, until told to stop."""
+
+    def __init__(self, cluster: Cluster, weather: Weather, collection: str, shards: int) -> None:
+        self._cluster = cluster
+        self._weather = weather
+        self._collection = collection
+        self._shards = shards
+        self._rng = cluster.world.rng("nemesis")
+
+    async def run(self, until_s: float) -> None:
+        world = self._cluster.world
+        while self._weather.misfortunes:
+            await asyncio.sleep(self._rng.expovariate(1 / self._weather.mean_calm_s))
+            if world.loop.time() >= until_s:
+                return
+            kind = self._rng.choice(self._weather.misfortunes)
+            world.counts[kind] += 1
+            await self._befall(kind)
+
+    async def _befall(self, kind: str) -> None:
+        cluster = self._cluster
+        world = cluster.world
+        name = self._rng.choice(cluster.server_names)
+        server = cluster.find(name)
+        match kind:
+            case "crash server" if server is not None:
+                cluster.kill(server.process, "fate")
+            case "freeze server" if server is not None:
+                world.note(server.process.name, "freezes")
+                server.process.freeze()
+                duration_s = draw_between(self._rng, 0.1, 12.0)
+                world.spawn(self._later(duration_s, server.process.thaw, "thaws"))
+            case "partition server" if server is not None:
+                address = server.address
+                cluster.network.partition(address)
+                duration_s = draw_between(self._rng, 0.1, 8.0)
+                world.spawn(
+                    self._later(duration_s, lambda: cluster.network.heal(address), "heals")
+                )
+            case "sever links" if server is not None:
+                cluster.network.sever(server.address)
+            case "forced takeover" if server is not None:
+                world.spawn(self._force_takeover(name))
+            case "second controller":
+                controller = cluster.start_controller()
+                duration_s = draw_between(self._rng, 1.0, 15.0)
+                world.spawn(self._later(duration_s, controller.process.kill, "ends"))
+            case "crash controller":
+                for controller in cluster.controllers:
+                    if controller.process.alive:
+                        cluster.kill(controller.process, "fate")
+                world.spawn(
+                    self._later(
+                        draw_between(self._rng, 0.1, 4.0), self._ensure_controller, "restarts"
+                    )
+                )
+            case "crash coordinator":
+                cluster.kill(self._rng.choice(cluster.coordinators).process, "fate")
+            case "clock jump" if server is not None:
+                server.machine.clock.jump(self._rng.choice((0.5, 30.0, 1e6)))
+
+    async def _later(self, delay_s: float, work: object, what: str) -> None:
+        await asyncio.sleep(delay_s)
+        self._cluster.world.note("nemesis", what)
+        work()  # type: ignore[operator]
+
+    def _ensure_controller(self) -> None:
+        if not any(controller.process.alive for controller in self._cluster.controllers):
+            self._cluster.start_controller()
+
+    async def _force_takeover(self, name: str) -> None:
+        """Somebody else than the controller has a server take a shard over."""
+        server = self._cluster.find(name)  # type: ignore[arg-type]
+        shard = self._rng.randrange(self._shards)
+        if server is None:
+            return
+        held = {
+            (report.collection, report.shard)
+            for report in server.host.reports()
+            if report.shard == shard
+        }
+        for place in sorted(held):
+            self._cluster.world.note(server.process.name, f"is told to take over shard {shard}")
+            try:
+                await self._cluster.world.remote_call(
+                    server.process,
+                    lambda place=place: server.promote(place),  # type: ignore[misc]
+                    rng=self._rng,
+                    timeout_s=20.0,
+                    lost=Unavailable,
+                )
+            except ShoalError:
+                continue
+
+    def calm(self) -> None:
+        """Ends what is still going wrong."""
+        cluster = self._cluster
+        for server in cluster.servers.values():
+            server.process.thaw()
+            cluster.network.heal(server.address)
+        cluster.weather(NO_FAULTS)
+        cluster.world.delays = _NO_DELAYS
+        cluster.world.reply_loss = 0.0
+        alive = [one for one in cluster.controllers if one.process.alive]
+        for controller in alive[1:]:
+            controller.process.kill()
+        self._ensure_controller()
