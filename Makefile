@@ -10,6 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 SEEDS ?= 2000
+MINUTES ?= 30
 
 # The first interpreter on PATH that is new enough.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
@@ -24,10 +25,10 @@ DEV := $(VENV)/.stamp-dev
 
 PROTO_SOURCES := $(wildcard protos/shoal_protos/v1/*.proto)
 
-.PHONY: help demo test check simulate chaos bench protos fmt clean
+.PHONY: help demo test check simulate chaos soak bench bench-durability protos fmt clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@[ -n "$(PYTHON)" ] || { echo "no Python >= 3.11 on PATH: install one, or make PYTHON=..." >&2; exit 1; }
@@ -73,8 +74,14 @@ simulate: $(DEV) ## model-check the durable protocol; SEEDS=N schedules for each
 chaos: $(DEV) ## kill, stop and starve a real cluster, then check its history
 	@$(BIN)/python -m chaos.run
 
+soak: $(DEV) ## a steady load for MINUTES=30: memory, objects and read latencies over time
+	@$(BIN)/python -m chaos.soak --minutes $(MINUTES)
+
 bench: $(DEV) ## compare a search in process, through a link and through gRPC
 	@$(BIN)/python -m tests.bench
+
+bench-durability: $(DEV) ## acknowledgements, puts, takeovers and recovery: what durability costs
+	@$(BIN)/python -m tests.bench.durability
 
 # Generates into the directory named by $(1). The plugins are found through PATH.
 define protoc

@@ -73,8 +73,9 @@ async def serve(address: LinkAddress) -> None:
     """Serves links at the address, and the raw echo beside it, until killed."""
     loop = asyncio.get_running_loop()
     path = unix_path(address)
+    # `server` is kept to the end: one that nobody holds is closed when it is collected.
     if path is not None:
-        await loop.create_unix_server(RawEcho, path + ".raw")
+        server = await loop.create_unix_server(RawEcho, path + ".raw")
         raw = f"unix:{path}.raw"
     else:
         server = await loop.create_server(RawEcho, "127.0.0.1", 0)

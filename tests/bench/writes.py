@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
-import psutil
 
 import shoal
 from chaos.cluster import wait_until
@@ -20,15 +19,13 @@ from shoal_cluster.domain.ids import CollectionId
 from shoal_cluster.domain.keys import ShardKeys, number_of
 from shoal_cluster.domain.limits import SETTLE_OPERATIONS
 from shoal_cluster.manifest.commit import Manifests
+from shoal_cluster.manifest.manifest import Manifest
+from shoal_cluster.shard.compaction import plan_compaction, plan_settling
 from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of
 from tests.bench.paths import SHARD
 
 SETTLE_S: Final = 600.0
 """100,000 rows are indexed within a minute on two idle cores."""
-
-QUIET_S: Final = 4.0
-"""Segments that did not change for so long, with no build running, change no more: a quiet shard
-looks for work every second."""
 
 WRITER_COUNTS: Final = (1, 64)
 _WRITES_COLLECTION: Final = "bench-writes"
@@ -70,23 +67,27 @@ def _every_tenth(rows: int, progress: Callable[[str], None]) -> Callable[[int, i
 
 
 def settle(client: shoal.Client, cluster: RunningCluster, name: str) -> dict[str, Any]:
-    """Waits until the shard is sealed and compacted as far as it goes; returns how it stands."""
+    """Waits until the shard is sealed and compacted as far as it goes; returns how it stands.
+
+    Asks the shard's own planners about the manifest in the bucket: waiting for nothing to change
+    would end too early whenever a build is slow to start.
+    """
     started_s = time.perf_counter()
-    last: tuple[int, ...] = ()
-    since_s = started_s
+    description = client.describe_collection(name)
+    keys = ShardKeys(CollectionId(description.schema.id), SHARD)
 
     def settled() -> dict[str, Any] | None:
-        nonlocal last, since_s
         (shard,) = client.status(name).collections[0].shards
-        now = (shard.memtable_rows, shard.segments, shard.manifest_version)
-        # A memtable below the limit is not sealed until more rows come.
-        if now != last or shard.memtable_rows >= SETTLE_OPERATIONS or _building(cluster):
-            last, since_s = now, time.perf_counter()
+        manifest = asyncio.run(_newest_manifest(cluster.bucket, keys))
+        # Up to here, rows wait for more to be sealed with.
+        if manifest is None or shard.seq - manifest.floor_seq >= SETTLE_OPERATIONS:
             return None
-        if time.perf_counter() - since_s < QUIET_S:
+        if plan_compaction(manifest.segments) or plan_settling(manifest.segments):
+            return None
+        if (shard.manifest_version, shard.segments) != (manifest.version, len(manifest.segments)):
             return None
         return {
-            "settled_seconds": round(since_s - started_s, 2),
+            "settled_seconds": round(time.perf_counter() - started_s, 2),
             "segments": shard.segments,
             "memtable_rows": shard.memtable_rows,
             "rows_live": shard.rows_live,
@@ -95,17 +96,12 @@ def settle(client: shoal.Client, cluster: RunningCluster, name: str) -> dict[str
     return wait_until(settled, timeout_s=SETTLE_S, what="the shard is sealed and compacted")
 
 
-def _building(cluster: RunningCluster) -> bool:
-    """Says whether a build runs: Ray names a worker after the task that it carries out."""
-    if cluster.ray_pid is None:
-        return False
-    for process in psutil.Process(cluster.ray_pid).children(recursive=True):
-        try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::build"):
-                return True
-        except (psutil.NoSuchProcess, IndexError):
-            continue
-    return False
+async def _newest_manifest(bucket: str, keys: ShardKeys) -> Manifest | None:
+    store = open_store(bucket)
+    try:
+        return await Manifests(store, keys, SystemClock()).newest()
+    finally:
+        await store.close()
 
 
 def acknowledgements(

@@ -133,7 +133,7 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
 
 def test_address_where_nothing_listens_is_unavailable() -> None:
     ran = run("status", "--timeout", "1", "--address", f"127.0.0.1:{clusters.free_port()}")
-    assert_failed(ran, "`shoal up` starts it")
+    assert_failed(ran, "`shoal up` starts a cluster")
 
 
 def test_sound_bucket_has_no_problems(stopped: Path) -> None:

@@ -22,6 +22,7 @@ from tests.simulation.world import World
 T = TypeVar("T")
 
 CHAIN_FRAMES_MAX = 40
+STALL_S_MAX = 15.0
 _PACKAGE = "/shoal_cluster/"
 
 Site = tuple[str, str, int]
@@ -180,8 +181,26 @@ class SimulatedStore:
         answer: asyncio.Future[T] = world.loop.create_future()
         if self._calls.crash_if_due(process, chain, after=False):
             return await answer  # never: the process is dead
-        world.spawn(self._carry(method, key, chain, operation, answer))
+        stall_s, asleep_first = self._draw_stall(chain)
+        world.spawn(self._carry(method, key, chain, operation, answer, stall_s * asleep_first))
         return await answer
+
+    def _draw_stall(self, chain: tuple[Site, ...]) -> tuple[float, bool]:
+        """Sometimes stops the process here, as SIGSTOP does; the call leaves before or after."""
+        world, process = self._world, self._process
+        taking_over = any(site[0] == "shard/takeover.py" for site in chain)
+        if self._rng.random() >= (world.takeover_stall if taking_over else world.stall):
+            return 0.0, False
+        stall_s = STALL_S_MAX * self._rng.random()
+        world.note(process.name, f"stalls for {stall_s:.3f} s at {chain[0][1] if chain else '?'}")
+        world.counts["stalls"] += 1
+        process.freeze()
+        world.spawn(self._thaw(stall_s))
+        return stall_s, self._rng.random() < 0.5
+
+    async def _thaw(self, delay_s: float) -> None:
+        await asyncio.sleep(delay_s)
+        self._process.thaw()
 
     async def _carry(
         self,
@@ -190,10 +209,13 @@ class SimulatedStore:
         chain: tuple[Site, ...],
         operation: Callable[[], Awaitable[Any]],
         answer: "asyncio.Future[Any]",
+        asleep_s: float,
     ) -> None:
         """Takes the operation to the bucket and the answer back, whatever becomes of the caller."""
         world = self._world
-        await asyncio.sleep(world.delays.draw(self._rng))
+        await asyncio.sleep(asleep_s + world.delays.draw(self._rng))
+        if asleep_s and not self._process.alive:
+            return  # it died before it came to send the call
         try:
             result, error = await operation(), None
         except Exception as raised:  # noqa: BLE001  carried to the caller as it is

@@ -55,7 +55,6 @@ T = TypeVar("T")
 COLLECTION = "points"
 DIMENSION = 2
 GROUPS = ("red", "green", "blue")
-ATTEMPTS_MAX = 4
 ALL = 100
 
 _LEVELS = {
@@ -115,6 +114,7 @@ class SimulatedClient:
         self._rng = cluster.world.rng(f"client {name}")
         self._token: Mapping[ShardNumber, ShardPosition] = {}
         self._requests = 0
+        self._attempts_max = self._rng.choice((1, 4))
 
     async def work(self, until_s: float, pause_s: float) -> None:
         """Does one random thing after the other."""
@@ -228,7 +228,7 @@ class SimulatedClient:
         result: WriteResult | None = None
         answers: list[Mapping[int, Position]] = []
         maybe = False
-        for attempt in range(ATTEMPTS_MAX):
+        for attempt in range(self._attempts_max):
             try:
                 result = await self._call(send, Indeterminate)
             except (Unavailable, Overloaded, Indeterminate) as error:

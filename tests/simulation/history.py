@@ -121,7 +121,7 @@ class Read:
 class RestingReplica(NamedTuple):
     """A replica when everything had come to rest. sum: set checksum of its live rows."""
 
-    shard: int
+    shard: int | str
     replica: str
     position: Position
     rows: int
@@ -455,7 +455,7 @@ class _Trial:
         self._say(kind, f"{read.what} lacks {point}: {due.source} at seq {due.seq} of {shard}")
 
     def _check_rest(self) -> None:
-        first: dict[int, RestingReplica] = {}
+        first: dict[int | str, RestingReplica] = {}
         for replica in self._history.resting:
             other = first.setdefault(replica.shard, replica)
             if (other.position, other.rows, other.sum) != (

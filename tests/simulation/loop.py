@@ -23,6 +23,9 @@ T = TypeVar("T")
 STEPS_WITHOUT_TIME_MAX = 200_000
 """Loop turns without a jump of time: more is a busy loop."""
 
+BURIAL_TURNS_MAX = 200
+BURIAL_IDLE_TURNS = 10_000_000
+
 GARBAGE_EVERY_TURNS = 20_000
 """Cycles are collected at the same turns of every run: collecting may run generators' ends."""
 
@@ -38,7 +41,7 @@ class _JumpingSelector(selectors.DefaultSelector):
         super().__init__()
         self.now_s = 0.0
         self.limit_s = float("inf")
-        self._idle_turns = 0
+        self.idle_turns = 0
         self._turns = 0
 
     def select(self, timeout: float | None = None) -> list[Any]:
@@ -48,11 +51,11 @@ class _JumpingSelector(selectors.DefaultSelector):
         if timeout is None:
             raise Stuck(f"every task waits for another at {self.now_s:.3f} s: a deadlock")
         if timeout <= 0:
-            self._idle_turns += 1
-            if self._idle_turns > STEPS_WITHOUT_TIME_MAX:
+            self.idle_turns += 1
+            if self.idle_turns > STEPS_WITHOUT_TIME_MAX:
                 raise Stuck(f"a busy loop at {self.now_s:.3f} s: time does not advance")
             return []
-        self._idle_turns = 0
+        self.idle_turns = 0
         self.now_s += timeout
         if self.now_s > self.limit_s:
             raise Stuck(f"not done after {self.limit_s:.0f} virtual seconds")
@@ -138,6 +141,11 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def limit(self, limit_s: float) -> None:
         """Ends the run as Stuck when virtual time passes `limit_s`."""
         self._jumping.limit_s = limit_s
+
+    def lift_limits(self) -> None:
+        """Lets what is left run to its end, however long it takes."""
+        self._jumping.limit_s = float("inf")
+        self._jumping.idle_turns = -BURIAL_IDLE_TURNS
 
     def next_number(self) -> int:
         self._numbers += 1
@@ -285,7 +293,6 @@ def _is_domain_error(error: BaseException) -> bool:
     return isinstance(error, ShoalError) and not isinstance(error, Internal)
 
 
-BURIAL_TURNS_MAX = 200
 
 
 async def _bury(loop: SimulatedLoop) -> None:
@@ -319,7 +326,7 @@ def run(main: Coroutine[Any, Any, T], *, limit_s: float) -> T:
         return loop.run_until_complete(main)
     finally:
         try:
-            loop.limit(float("inf"))
+            loop.lift_limits()
             loop.run_until_complete(_bury(loop))
             loop.run_until_complete(loop.shutdown_asyncgens())
         finally:

@@ -2,11 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from shoal_cluster.bucket.faults import LEGAL_FAULTS, NO_FAULTS, FaultPlan, draw_legal_plan
+from shoal_cluster.control.controller import ControlLoop
 from shoal_cluster.domain.errors import ShoalError, Unavailable
+from shoal_cluster.domain.request import RequestName
+from shoal_cluster.domain.schema import AttributeType, CollectionSchema
+from shoal_cluster.domain.schema_change import SchemaChange
 from tests.simulation.cluster import Cluster
 from tests.simulation.server import draw_between
 from tests.simulation.world import Delays
@@ -16,14 +21,23 @@ _NO_DELAYS = Delays(usual_s=0.001, rare_s=0.0, rare=0.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weather:
-    """How hard a run is. mean_calm_s: between two misfortunes; misfortunes: their kinds."""
+    """How hard a run is. mean_calm_s: between two misfortunes; misfortunes: their kinds.
+
+    hurried: seals, garbage collection, clients and takeovers follow each other as fast as they can,
+    so that much happens behind the back of a process that sleeps.
+    """
 
     bucket: FaultPlan
     delays: Delays
     reply_loss: float
+    stall: float
+    takeover_stall: float
     mean_calm_s: float
     misfortunes: Sequence[str]
+    hurried: bool
 
+
+HURRIED_SHARE = 0.35
 
 MISFORTUNES = (
     "crash server",
@@ -38,6 +52,7 @@ MISFORTUNES = (
     "crash controller",
     "crash coordinator",
     "clock jump",
+    "collection comes and goes",
 )
 
 
@@ -45,6 +60,17 @@ def draw_weather(rng: random.Random) -> Weather:
     """Returns a run's weather; one in four has a single kind of misfortune, one in eight none."""
     kinds: Sequence[str] = MISFORTUNES
     luck = rng.random()
+    if rng.random() < HURRIED_SHARE:
+        return Weather(
+            bucket=NO_FAULTS if rng.random() < 0.7 else _draw_bucket(rng),
+            delays=Delays(usual_s=0.005, rare_s=4.0, rare=rng.choice((0.0, 0.005))),
+            reply_loss=0.0,
+            stall=rng.choice((0.0, 0.003)),
+            takeover_stall=rng.choice((0.02, 0.08)),
+            mean_calm_s=rng.choice((1.5, 4.0)),
+            misfortunes=("forced takeover", "freeze server", "forced takeover", "crash server"),
+            hurried=True,
+        )
     if luck < 0.25:
         kinds = (rng.choice(MISFORTUNES),)
     elif luck < 0.375:
@@ -57,8 +83,11 @@ def draw_weather(rng: random.Random) -> Weather:
             rare=rng.choice((0.0, 0.01, 0.04)),
         ),
         reply_loss=rng.choice((0.0, 0.01, 0.05)),
+        stall=rng.choice((0.0, 0.0, 0.002, 0.01)),
+        takeover_stall=rng.choice((0.0, 0.05, 0.2)),
         mean_calm_s=rng.choice((1.0, 2.5, 6.0)),
         misfortunes=kinds,
+        hurried=False,
     )
 
 
@@ -73,11 +102,11 @@ def _draw_bucket(rng: random.Random) -> FaultPlan:
 class Nemesis:
     """Lets one misfortune after the other befall a cluster, until told to stop."""
 
-    def __init__(self, cluster: Cluster, weather: Weather, collection: str, shards: int) -> None:
+    def __init__(self, cluster: Cluster, weather: Weather, schema: CollectionSchema) -> None:
         self._cluster = cluster
         self._weather = weather
-        self._collection = collection
-        self._shards = shards
+        self._schema = schema
+        self._shards = schema.shards
         self._rng = cluster.world.rng("nemesis")
 
     async def run(self, until_s: float) -> None:
@@ -129,6 +158,8 @@ class Nemesis:
                 )
             case "crash coordinator":
                 cluster.kill(self._rng.choice(cluster.coordinators).process, "fate")
+            case "collection comes and goes":
+                world.spawn(self._churn())
             case "clock jump" if server is not None:
                 server.machine.clock.jump(self._rng.choice((0.5, 30.0, 1e6)))
 
@@ -165,6 +196,33 @@ class Nemesis:
             except ShoalError:
                 continue
 
+    async def _churn(self) -> None:
+        """Creates another collection, alters and drops it: the catalog moves under everybody."""
+        number = self._cluster.world.counts["collection comes and goes"]
+        name = f"other-{number}"
+        schema = replace(self._schema, name=name)
+        change = SchemaChange(name=name, add_attributes={"extra": AttributeType.INT})
+        steps: list[Callable[[ControlLoop], Coroutine[Any, Any, Any]]] = [
+            lambda loop: loop.create_collection(schema, RequestName(name, 1)),
+            lambda loop: loop.alter_collection(change, RequestName(name, 2)),
+            lambda loop: loop.drop_collection(name, RequestName(name, 3)),
+        ]
+        for step in steps:
+            alive = [one for one in self._cluster.controllers if one.process.alive]
+            if not alive:
+                return
+            controller = self._rng.choice(alive)
+            try:
+                await self._cluster.world.remote_call(
+                    controller.process,
+                    lambda step=step, loop=controller.loop: step(loop),  # type: ignore[misc]
+                    rng=self._rng,
+                    timeout_s=30.0,
+                    lost=Unavailable,
+                )
+            except ShoalError as error:
+                self._cluster.world.note("nemesis", f"collection {name}: {error.kind}")
+
     def calm(self) -> None:
         """Ends what is still going wrong."""
         cluster = self._cluster
@@ -174,6 +232,7 @@ class Nemesis:
         cluster.weather(NO_FAULTS)
         cluster.world.delays = _NO_DELAYS
         cluster.world.reply_loss = 0.0
+        cluster.world.stall = cluster.world.takeover_stall = 0.0
         alive = [one for one in cluster.controllers if one.process.alive]
         for controller in alive[1:]:
             controller.process.kill()

@@ -63,6 +63,7 @@ class Machine:
             rng=world.rng(f"faults {name}"),
             clock=SimulatedClock(world.loop, offset_s=0.0, rate=1.0),
         )
+        world.bucket_faults.append(faults.counts)
         self.store = SimulatedStore(
             world, self.process, faults, calls, world.rng(f"store {name}")
         )

@@ -91,16 +91,23 @@ class Delays:
 
 @dataclass(slots=True)
 class World:
-    """One run's surroundings. violations: what must never happen and did, in order."""
+    """One run's surroundings. violations: what must never happen and did, in order.
+
+    stall, takeover_stall: the chance that a process is stopped at a store call, and at one of a
+    takeover, where a sleeper does the most harm.
+    """
 
     seed: int
     loop: SimulatedLoop
     scratch: Path
     log: EventLog = field(default_factory=EventLog)
     counts: Counter[str] = field(default_factory=Counter)
+    bucket_faults: list[Counter[str]] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     delays: Delays = field(default_factory=lambda: Delays(usual_s=0.002, rare_s=0.5, rare=0.01))
     reply_loss: float = 0.0
+    stall: float = 0.0
+    takeover_stall: float = 0.0
     _context: Any = field(default_factory=copy_context)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 

@@ -13,6 +13,7 @@ from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import ShoalError, Unavailable, from_wire, to_wire
 from shoal_cluster.manifest.manifest import SegmentEntry
+from shoal_cluster.segment.build import SegmentInput
 from shoal_cluster.shard.building import BuildOrder, execute_build
 from shoal_cluster.shard.compute import InlineCompute
 
@@ -24,7 +25,9 @@ _CPUS = 0.5
 
 
 @ray.remote(num_cpus=_CPUS, max_retries=0)
-def build(configuration: ClusterConfiguration, order: dict[str, Any]) -> dict[str, Any]:
+def build(
+    configuration: ClusterConfiguration, order: dict[str, Any], rows: SegmentInput | None
+) -> dict[str, Any]:
     """Carries out one order. Returns {"entry": …} or {"error": …}, so that errors keep a kind."""
 
     async def run() -> SegmentEntry | None:
@@ -33,7 +36,7 @@ def build(configuration: ClusterConfiguration, order: dict[str, Any]) -> dict[st
         scratch.mkdir(parents=True, exist_ok=True)
         try:
             return await execute_build(
-                BuildOrder.from_wire(order), store, scratch, SystemClock(), InlineCompute()
+                BuildOrder.from_wire(order), store, scratch, SystemClock(), InlineCompute(), rows
             )
         finally:
             await store.close()
@@ -51,11 +54,13 @@ class RayBuilds:
     def __init__(self, configuration: ClusterConfiguration) -> None:
         self._configuration = configuration
 
-    async def build(self, order: BuildOrder) -> SegmentEntry | None:
+    async def build(
+        self, order: BuildOrder, rows: SegmentInput | None = None
+    ) -> SegmentEntry | None:
         reference = build.options(
             name=f"build {order.segment}",
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        ).remote(self._configuration, order.to_wire())
+        ).remote(self._configuration, order.to_wire(), rows)
         try:
             result = await asyncio.wait_for(reference, BUILD_TIMEOUT_S)
         except TimeoutError as error:

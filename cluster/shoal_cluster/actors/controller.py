@@ -5,6 +5,7 @@ from Ray, the replicas from the servers.
 """
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,7 @@ REPORT_TIMEOUT_S = 1.0
 CONTROL_TIMEOUT_S = 30.0
 """A Ray call to a dead actor whose node is gone hangs: every one has its own deadline."""
 DESCRIBE_TIMEOUT_S = 5.0
+DESCRIBE_ROUND_S = 1.0
 
 _RESTART = {"max_restarts": -1, "max_task_retries": 0, "lifetime": "detached"}
 
@@ -179,6 +181,8 @@ class CoordinatorAudience:
     async def run(self) -> None:
         """Keeps the coordinator alive and informed until cancelled."""
         while True:
+            # Before the round: a topology that comes while another is being sent must not wait.
+            self._changed.clear()
             try:
                 await self._round()
             except NotFound:
@@ -188,11 +192,10 @@ class CoordinatorAudience:
             except ShoalError as error:
                 self.failure = error
                 _log.warning("coordinator_unreachable", reason=error.message)
-            self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), 1.0)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                # Not wait_for: Python 3.11's loses a cancellation that meets the event.
+                async with asyncio.timeout(DESCRIBE_ROUND_S):
+                    await self._changed.wait()
 
     async def _round(self) -> None:
         handle = self._coordinator()

@@ -78,6 +78,7 @@ class ShardServer:
             cluster_uuid=configuration.cluster_uuid,
         )
         self._host = ShardHost(ports, self._feed)
+        self._host.start_scrubbing()
         self._listener, self._address = await start_listener(
             configuration,
             f"{self._server}-{self._incarnation[:8]}",

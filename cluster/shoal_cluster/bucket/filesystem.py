@@ -36,6 +36,10 @@ class FileSystem(Protocol):
         """Makes one directory; FileExistsError when there is something of that name."""
         ...
 
+    def remove_directory(self, path: Path) -> None:
+        """Removes a directory, which must be empty."""
+        ...
+
     def fsync_file(self, path: Path) -> None: ...
 
     def fsync_directory(self, path: Path) -> None: ...
@@ -64,6 +68,9 @@ class PosixFileSystem:
 
     def make_directory(self, path: Path) -> None:
         os.mkdir(path, 0o755)
+
+    def remove_directory(self, path: Path) -> None:
+        os.rmdir(path)
 
     def fsync_file(self, path: Path) -> None:
         self._fsync_opened(path, os.O_RDONLY)

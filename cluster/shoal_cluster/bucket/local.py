@@ -183,6 +183,10 @@ class LocalStore:
                     f"key {key!r} is the prefix of other keys, which a directory store cannot hold",
                     field="key",
                 ) from error
+            if error.errno in _DISK_FULL:
+                # The directory has no room for another name: refused for certain.
+                self._discard(temporary)
+                raise _not_applied(error, f"file {target}") from error
             if error.errno == errno.ENOENT:
                 # Somebody removed the directory or swept our file: learn the directories anew.
                 self._durable_directories.clear()
@@ -285,11 +289,19 @@ class LocalStore:
         return self._fsync_failure
 
     def _delete(self, key: str) -> None:
+        path = self._path(key)
         try:
-            self._filesystem.unlink(self._path(key))
+            self._filesystem.unlink(path)
         except OSError as error:
             if error.errno not in _ABSENT:
-                raise _not_applied(error, f"file {self._path(key)}") from error
+                raise _not_applied(error, f"file {path}") from error
+        if path.parent != self.root:
+            # Or every segment that ever was would leave a directory for listings to visit. Most
+            # are not empty, and the operating system says so. Where somebody puts an object
+            # meanwhile, the link fails and the directory is made again.
+            with suppress(OSError):
+                self._filesystem.remove_directory(path.parent)
+                self._durable_directories.discard(path.parent)
 
     def _entries(self, prefix: str) -> Iterator[ObjectEntry]:
         waiting = [(self.root / prefix, prefix)]

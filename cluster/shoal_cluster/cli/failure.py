@@ -30,7 +30,7 @@ _ADVICE: Mapping[str, str] = {
     "already_exists": "Choose another name, or drop what is there.",
     "conflict": "Resolve the conflict, then run it again.",
     "overloaded": "The cluster has more work than it can take: run it again later.",
-    "unavailable": "See whether the cluster is up with `shoal status`; `shoal up` starts it.",
+    "unavailable": "Run it again once that is resolved; `shoal up` starts a cluster.",
     "indeterminate": "Look whether it took effect before you repeat it.",
     "corrupt": "`shoal check BUCKET` names every damaged object; restore those from a copy.",
     "internal": "This is a bug in Shoal; please report it with the message above.",

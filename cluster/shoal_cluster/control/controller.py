@@ -6,6 +6,7 @@ are fenced in the bucket. The one that no longer owns the catalog stops.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -46,6 +47,14 @@ ROUND_S = 0.3
 SUSPECT_AFTER_S = 2.0
 """A server that answers nothing for so long is treated as dead; fencing makes an early verdict
 safe, and Ray's own verdict takes 15–65 s."""
+STRAGGLER_S = 0.05
+"""How long a round waits for servers that count as dead once all others have answered. Waiting for
+a stopped one to its report's deadline would hold up every step of the takeover by a second."""
+FRUITLESS_S = 10.0
+PROMOTION_PAUSE_S_MAX = 5.0
+"""A process whose reign failed, or ended within FRUITLESS_S, is promoted again after a pause that
+doubles from ROUND_S to this, the first time at once: each attempt on a damaged shard costs an epoch
+and a fence, and fences are for ever."""
 READY_TIMEOUT_S = 60.0
 COLLECTIONS_MAX = 1000
 
@@ -74,9 +83,15 @@ class Audience(Protocol):
 
 @dataclass(slots=True)
 class _Promotion:
-    """The last promotion of a shard. ended_s: monotonic, None while it is under way."""
+    """The last promotion of a shard. ended_s: monotonic, None while it is under way.
+
+    incarnation: the process that was promoted. fruitless: promotions of this process before it, in
+    a row, that failed or did not last.
+    """
 
     server: ServerId
+    incarnation: str = ""
+    fruitless: int = 0
     ended_s: float | None = None
 
 
@@ -104,6 +119,7 @@ class ControlLoop:
         self._catalog_log = CatalogLog(store, clock, ids)
         self._wake = asyncio.Event()
         self._seen: dict[ServerId, float] = {}
+        self._asking: dict[ServerId, asyncio.Task[ServerReport]] = {}
         self._busy: dict[tuple[type, ServerId, str, int], asyncio.Task[None]] = {}
         self._promotions: dict[tuple[CollectionId, ShardNumber], _Promotion] = {}
         self._changed = asyncio.Condition()
@@ -126,16 +142,24 @@ class ControlLoop:
 
     async def run(self) -> None:
         """Reconciles until cancelled, or until another cluster owns the bucket."""
+        try:
+            await self._run()
+        finally:
+            for asking in self._asking.values():
+                asking.cancel()
+
+    async def _run(self) -> None:
         while True:
+            # Before the round: what happens during it, after its reports, needs another at once.
+            self._wake.clear()
             try:
                 await self._round()
             except (Unavailable, Conflict) as error:
                 _log.warning("control_round_failed", reason=error.message)
-            self._wake.clear()
-            try:
-                await asyncio.wait_for(self._wake.wait(), ROUND_S)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                # Not wait_for: Python 3.11's loses a cancellation that meets the event.
+                async with asyncio.timeout(ROUND_S):
+                    await self._wake.wait()
 
     def wake(self) -> None:
         """Starts a round at once; called when a link is lost."""
@@ -248,8 +272,8 @@ class ControlLoop:
             )
 
         try:
-            async with self._changed:
-                await asyncio.wait_for(self._changed.wait_for(serving), READY_TIMEOUT_S)
+            async with asyncio.timeout(READY_TIMEOUT_S), self._changed:
+                await self._changed.wait_for(serving)
         except TimeoutError:
             raise Unavailable(
                 f"collection {schema.name!r} is in the catalog but not all of its shards serve "
@@ -276,13 +300,24 @@ class ControlLoop:
         return self.catalog
 
     async def _observe(self) -> None:
-        """Asks every server at once; keeps the last report of one that is merely slow."""
-        names = list(self._servers.placed())
-        answers = await asyncio.gather(
-            *(self._servers.report(server) for server in names), return_exceptions=True
-        )
+        """Asks every server at once; keeps the last report of one that is merely slow.
+
+        Servers that count as dead are asked too, but an answer of theirs that does not come soon is
+        taken by a later round.
+        """
+        for server in self._servers.placed():
+            if server not in self._asking:
+                self._asking[server] = asyncio.ensure_future(self._servers.report(server))
+        asked = list(self._asking.items())
+        alive = [asking for server, asking in asked if server in self.reports]
+        await asyncio.wait(alive or self._asking.values())
+        await asyncio.wait(self._asking.values(), timeout=STRAGGLER_S)
         now_s = self._clock.monotonic_s()
-        for server, answer in zip(names, answers, strict=True):
+        for server, asking in asked:
+            if not asking.done():
+                continue
+            del self._asking[server]
+            answer = asking.exception() or asking.result()
             if isinstance(answer, ServerReport):
                 if server not in self.reports:
                     _log.info("server_seen", server=server, incarnation=answer.incarnation)
@@ -316,11 +351,29 @@ class ControlLoop:
         promotion = self._promotions.get((command.collection, command.shard))
         if promotion is None or promotion.server not in self.reports:
             return False
-        return promotion.ended_s is None or promotion.ended_s >= observing_s
+        if promotion.ended_s is None or promotion.ended_s >= observing_s:
+            return True
+        if promotion.incarnation != self._incarnation_of(command.server):
+            return False
+        return observing_s < promotion.ended_s + _pause_s(promotion.fruitless)
+
+    def _next_promotion(self, command: Promote) -> _Promotion:
+        incarnation = self._incarnation_of(command.server)
+        last = self._promotions.get((command.collection, command.shard))
+        fruitless = 0
+        if last is not None and last.incarnation == incarnation and last.ended_s is not None:
+            lasted_s = self._clock.monotonic_s() - last.ended_s
+            if lasted_s < FRUITLESS_S + _pause_s(last.fruitless):
+                fruitless = last.fruitless + 1
+        return _Promotion(command.server, incarnation=incarnation, fruitless=fruitless)
+
+    def _incarnation_of(self, server: ServerId) -> str:
+        report = self.reports.get(server)
+        return "" if report is None else report.incarnation
 
     async def _carry_out(self, command: Command) -> None:
         if isinstance(command, Promote):
-            promotion = _Promotion(command.server)
+            promotion = self._next_promotion(command)
             self._promotions[(command.collection, command.shard)] = promotion
             try:
                 await self._try(command)
@@ -366,6 +419,14 @@ class ControlLoop:
                     catalog, dropped=tuple(name for name in catalog.dropped if name != gone)
                 )
             )
+
+
+def _pause_s(fruitless: int) -> float:
+    """Returns how long to wait before a process that led in vain is promoted once more."""
+    if fruitless == 0:
+        return 0.0
+    # Bounded before the power is: a shard may be damaged for a year.
+    return min(ROUND_S * 2.0 ** min(fruitless - 1, 10), PROMOTION_PAUSE_S_MAX)
 
 
 class CatalogChange(Protocol):

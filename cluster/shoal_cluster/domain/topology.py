@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from shoal_cluster.domain.errors import Unavailable
 from shoal_cluster.domain.ids import Epoch, ServerId, ShardNumber
 from shoal_cluster.domain.schema import CollectionSchema
 
@@ -79,3 +80,12 @@ class Topology:
             servers=fields["servers"],
             collections=collections,
         )
+
+
+def require_topology(topology: Topology) -> None:
+    """Refuses the empty topology a coordinator starts with: it does not say what exists.
+
+    Raises: Unavailable (nothing was applied).
+    """
+    if topology.version == 0:
+        raise Unavailable("this coordinator has not been told yet what there is; try again")

@@ -15,6 +15,7 @@ from shoal_cluster.domain.request import RequestName, validate_request_name
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import Position, merge_tokens
 from shoal_cluster.domain.shard_caller import ShardCaller, TopologySource
+from shoal_cluster.domain.topology import require_topology
 from shoal_cluster.filtering.expression import Expression, pinned_values
 from shoal_cluster.filtering.validation import validate
 from shoal_cluster.filtering.wire import Wire, to_wire
@@ -206,8 +207,10 @@ class Writer:
 
     def _schema(self, collection: str, name: RequestName) -> CollectionSchema:
         validate_request_name(name)
-        place = self._topology.current().collections.get(collection)
+        topology = self._topology.current()
+        place = topology.collections.get(collection)
         if place is None:
+            require_topology(topology)
             raise NotFound(f"collection {collection[:80]!r} does not exist", field="collection")
         return place.schema
 

@@ -5,6 +5,7 @@ passes; the shard recognises the name and returns its first answer. So a lost re
 never a second application, and only what is still unknown at the deadline ends as Indeterminate.
 """
 
+import asyncio
 from typing import Any
 
 from shoal_cluster.domain.clock import Clock
@@ -16,13 +17,22 @@ from shoal_cluster.domain.errors import (
     ShoalError,
     Unavailable,
 )
+from shoal_cluster.domain.ids import ServerId
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.shard_caller import ShardCaller, TopologySource
-from shoal_cluster.domain.topology import CollectionPlace
+from shoal_cluster.domain.topology import CollectionPlace, Topology
 from shoal_cluster.shard.calls import GetCall, RowsReply, WriteCall, WriteReply
 
 ATTEMPT_S_MAX = 5.0
 """Then the message goes out again, perhaps to another primary. Above the slowest usual PUT."""
+
+WATCH_AFTER_S = 0.25
+"""An attempt that takes longer is given up once its server leads no more: a stopped process breaks
+no link, so its callers would wait ATTEMPT_S_MAX though another serves after 3 s. Most attempts are
+answered sooner and cost no watch."""
+
+WATCH_ROUND_S = 0.5
+"""Also looked at this often: a restarted controller numbers its topologies anew."""
 
 ROUND_WAIT_MIN_S, ROUND_WAIT_MAX_S = 0.05, 1.0
 """Before trying again, unless a newer topology comes first. Doubles each time."""
@@ -85,12 +95,22 @@ class PrimaryCalls:
             try:
                 if primary is None:
                     raise Unavailable("a takeover is under way")
-                return await self._caller.call(
+                attempt = asyncio.ensure_future(
+                    self._caller.call(
+                        primary,
+                        call.METHOD,
+                        header,
+                        body,
+                        timeout_s=min(remaining_s, ATTEMPT_S_MAX),
+                        on_lost=on_lost,
+                    )
+                )
+                return await self._while_it_leads(
+                    attempt,
                     primary,
-                    call.METHOD,
-                    header,
-                    body,
-                    timeout_s=min(remaining_s, ATTEMPT_S_MAX),
+                    call=call,
+                    schema=schema,
+                    topology=topology,
                     on_lost=on_lost,
                 )
             except Overloaded as error:
@@ -111,6 +131,55 @@ class PrimaryCalls:
             remaining_s = max(0.0, deadline_s - self._clock.monotonic_s())
             topology = await self._topology.newer_than(topology.version, min(wait_s, remaining_s))
             wait_s = min(2 * wait_s, ROUND_WAIT_MAX_S)
+
+    async def _while_it_leads(
+        self,
+        attempt: asyncio.Task[tuple[Any, memoryview]],
+        primary: ServerId,
+        *,
+        call: WriteCall | GetCall,
+        schema: CollectionSchema,
+        topology: Topology,
+        on_lost: Outcome,
+    ) -> tuple[Any, memoryview]:
+        """Returns the attempt's reply, or gives the attempt up when `primary` leads no more.
+
+        Raises: as the attempt; when given up, what `on_lost` says a lost reply is.
+        """
+        try:
+            await asyncio.wait((attempt,), timeout=WATCH_AFTER_S)
+            while not attempt.done():
+                news = asyncio.ensure_future(
+                    self._topology.newer_than(topology.version, WATCH_ROUND_S)
+                )
+                try:
+                    await asyncio.wait((attempt, news), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    news.cancel()
+                topology = self._topology.current()
+                if not attempt.done() and _primary_of(topology, call, schema) != primary:
+                    reason = (
+                        f"server {primary} stopped leading shard {call.shard} before it answered"
+                    )
+                    if on_lost is Outcome.MAYBE_APPLIED:
+                        raise Indeterminate(reason)
+                    raise Unavailable(reason)
+            return attempt.result()
+        finally:
+            if not attempt.done():
+                attempt.cancel()
+                await asyncio.wait((attempt,))
+            if not attempt.cancelled():
+                attempt.exception()  # seen: what a given up attempt found is of no interest
+
+
+def _primary_of(
+    topology: Topology, call: WriteCall | GetCall, schema: CollectionSchema
+) -> ServerId | None:
+    place = topology.collections.get(schema.name)
+    if place is None or place.schema.id != schema.id:
+        return None
+    return place.shards[call.shard].primary
 
 
 def _same(place: CollectionPlace | None, schema: CollectionSchema) -> CollectionPlace:

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgpack
 
-from shoal_cluster.bucket.create import create
+from shoal_cluster.bucket.create import Backoff, create
 from shoal_cluster.bucket.envelope import EnvelopeKind, decode, encode, put_id_of
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
@@ -69,9 +69,8 @@ class VersionLog:
 
         Raises: Corrupt naming the object.
         """
-        key = f"{self._versions}{padded(number)}"
-        body = await self._store.get(key)
-        return None if body is None else self._decode(number, body, key)
+        body = await self._store.get(f"{self._versions}{padded(number)}")
+        return None if body is None else self.decode(number, body)
 
     async def newest(self) -> Version | None:
         """Returns the newest version, or None when there is none at all."""
@@ -90,6 +89,8 @@ class VersionLog:
         """Tries to make `fields` version `number`; False when that version is somebody else's.
 
         put_id: 16 random bytes, used for no other commit.
+
+        Raises: Unavailable when nothing was committed, for certain.
         """
         key = f"{self._versions}{padded(number)}"
         header = {"version": number, "put_id": put_id}
@@ -105,7 +106,13 @@ class VersionLog:
         )
         if other is not None:
             return False
-        return number > await self.floor()
+        # The version is there, so giving up now would be a doubt: ask until there is an answer.
+        backoff = Backoff(clock=self._clock, deadline_s=None, jitter=None)
+        while True:
+            try:
+                return number > await self.floor()
+            except Unavailable as error:
+                await backoff.wait(key=key, cause=error)
 
     async def floor(self) -> int:
         """Returns the largest floor marker, or -1: versions up to it may be deleted already."""
@@ -139,7 +146,12 @@ class VersionLog:
                 deleted.append(entry.key)
         return deleted
 
-    def _decode(self, number: int, body: bytes, key: str) -> Version:
+    def decode(self, number: int, body: bytes) -> Version:
+        """Decodes a version's bytes.
+
+        Raises: Corrupt naming the object; Conflict when a newer Shoal wrote it.
+        """
+        key = f"{self._versions}{padded(number)}"
         envelope = decode(body, self._kind, key=key)
         found = envelope.header.get("version")
         if found != number or "put_id" not in envelope.header:

@@ -19,7 +19,7 @@ from shoal_cluster.domain.limits import (
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import CollectionSchema, EmbeddingModel, Metric
 from shoal_cluster.domain.session import ORIGIN, Consistency, SessionToken
-from shoal_cluster.domain.topology import CollectionPlace, Topology
+from shoal_cluster.domain.topology import CollectionPlace, Topology, require_topology
 from shoal_cluster.domain.vectors import prepare_vectors, require_dimension, require_model
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.validation import validate
@@ -111,10 +111,11 @@ class SearchPlan:
 def collection_of(topology: Topology, name: str) -> CollectionPlace:
     """Returns where a collection is.
 
-    Raises: NotFound naming the collection.
+    Raises: NotFound naming the collection; Unavailable before the first topology has come.
     """
     place = topology.collections.get(name)
     if place is None:
+        require_topology(topology)
         raise NotFound(f"collection {name[:80]!r} does not exist", field="collection")
     return place
 

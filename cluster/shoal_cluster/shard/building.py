@@ -8,9 +8,8 @@ Memory: the rows of the result once as arrays plus what FAISS needs to train, at
 BUILD_MEMORY_BYTES_MAX; planners keep their orders below SEGMENT_ROWS_MAX rows.
 """
 
-import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,16 +19,15 @@ import numpy as np
 from shoal_cluster.bucket.create import create_file_once
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
-from shoal_cluster.domain.errors import Conflict
+from shoal_cluster.domain.errors import Conflict, Unavailable
 from shoal_cluster.domain.ids import CollectionId, SegmentId, Seq, ShardNumber, Slot
 from shoal_cluster.domain.keys import ShardKeys
 from shoal_cluster.domain.point import Vector
 from shoal_cluster.domain.schema import CollectionSchema
-from shoal_cluster.index.row_bits import rows_of_bits
 from shoal_cluster.manifest.manifest import FileEntry, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
-from shoal_cluster.segment.deletes import alive_bits
 from shoal_cluster.shard.compute import Compute
+from shoal_cluster.shard.memtable import MemtableView
 from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_cluster.wal.log import Wal
 
@@ -85,8 +83,12 @@ class BuildOrder:
 class Builds(Protocol):
     """Port: carries out build orders somewhere."""
 
-    async def build(self, order: BuildOrder) -> SegmentEntry | None:
+    async def build(
+        self, order: BuildOrder, rows: SegmentInput | None = None
+    ) -> SegmentEntry | None:
         """Returns the finished segment's entry, or None when no row survived.
+
+        rows: what to build it from where the ordered slots cannot be read any more.
 
         Raises: Unavailable when the builder died or the bucket did not answer (nothing committed;
         order again under a new segment id).
@@ -103,43 +105,71 @@ class LocalBuilds:
         self._clock = clock
         self._compute = compute
 
-    async def build(self, order: BuildOrder) -> SegmentEntry | None:
-        return await execute_build(order, self._store, self._scratch, self._clock, self._compute)
+    async def build(
+        self, order: BuildOrder, rows: SegmentInput | None = None
+    ) -> SegmentEntry | None:
+        return await execute_build(
+            order, self._store, self._scratch, self._clock, self._compute, rows
+        )
 
 
 async def execute_build(
-    order: BuildOrder, store: Store, scratch: Path, clock: Clock, compute: Compute
+    order: BuildOrder,
+    store: Store,
+    scratch: Path,
+    clock: Clock,
+    compute: Compute,
+    rows: SegmentInput | None = None,
 ) -> SegmentEntry | None:
-    """Carries out an order; see `Builds.build`. scratch: an existing directory."""
-    with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
-        directory = Path(folder)
+    """Carries out an order; see `Builds.build`. scratch: an existing directory.
+
+    Raises: Unavailable when the bucket does not answer or `scratch` is full; Corrupt naming a
+    source that is damaged.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
+            return await _build_in(Path(folder), order, store, clock, compute, rows)
+    except OSError as error:
+        raise Unavailable(f"build {order.segment} cannot use {scratch}: {error}") from error
+
+
+async def _build_in(
+    directory: Path,
+    order: BuildOrder,
+    store: Store,
+    clock: Clock,
+    compute: Compute,
+    rows: SegmentInput | None,
+) -> SegmentEntry | None:
+    if rows is None:
         rows = await _collect_rows(order, store, directory, clock, compute)
-        if not rows.ids:
-            return None
-        target = directory / "segment"
-        target.mkdir()
-        built = await compute.run(
-            lambda: build_segment(_sort_by_id(rows), order.schema, target, seed=order.seed)
+    if not rows.ids:
+        return None
+    sorted_rows = _sort_by_id(rows)
+    target = directory / "segment"
+    target.mkdir()
+    built = await compute.run(
+        lambda: build_segment(sorted_rows, order.schema, target, seed=order.seed)
+    )
+    keys = ShardKeys(order.collection, order.shard)
+    files = []
+    for file in built.files:
+        entry = FileEntry(
+            name=file.name,
+            key=keys.segment(order.segment) + file.name,
+            size_bytes=file.size_bytes,
+            sha256=file.sha256,
         )
-        keys = ShardKeys(order.collection, order.shard)
-        files = []
-        for file in built.files:
-            entry = FileEntry(
-                name=file.name,
-                key=keys.segment(order.segment) + file.name,
-                size_bytes=file.size_bytes,
-                sha256=file.sha256,
-            )
-            await create_file_once(
-                store,
-                entry.key,
-                file.path,
-                sha256=file.sha256,
-                size_bytes=file.size_bytes,
-                clock=clock,
-                deadline_s=None,
-            )
-            files.append(entry)
+        await create_file_once(
+            store,
+            entry.key,
+            file.path,
+            sha256=file.sha256,
+            size_bytes=file.size_bytes,
+            clock=clock,
+            deadline_s=None,
+        )
+        files.append(entry)
     return SegmentEntry(
         id=order.segment,
         files=tuple(files),
@@ -158,10 +188,7 @@ async def _collect_rows(
     parts: list[SegmentInput] = []
     files = SegmentFiles(store, directory / "sources", compute)
     for source in order.sources:
-        reader = await files.open_reader(source, order.schema)
-        dead = await files.tombstones(source)
-        live = rows_of_bits(alive_bits(reader.rows, dead), reader.rows)
-        parts.append(await compute.run(functools.partial(reader.export, live)))
+        parts.append(await files.rows(source))
     if order.wal_last:
         parts.append(await _rows_of_wal(order, store, clock))
     return SegmentInput(
@@ -200,6 +227,20 @@ async def _rows_of_wal(order: BuildOrder, store: Store, clock: Clock) -> Segment
         seqs=np.array([seq for seq, _, _ in survivors.values()], dtype=np.uint64),
         vectors=vectors,
         tails=[tail for _, _, tail in survivors.values()],
+    )
+
+
+def rows_of_memtables(views: Sequence[MemtableView]) -> SegmentInput:
+    """Returns the live rows of memtables: what a seal of their slots builds, without the log."""
+    parts = [(view, view.live_rows()) for view in views]
+    return SegmentInput(
+        ids=[view.memtable.ids[row] for view, rows in parts for row in rows.tolist()],
+        seqs=np.array(
+            [view.memtable.seqs[row] for view, rows in parts for row in rows.tolist()],
+            dtype=np.uint64,
+        ),
+        vectors=np.concatenate([view.vectors[rows] for view, rows in parts]),
+        tails=[view.memtable.tails[row] for view, rows in parts for row in rows.tolist()],
     )
 
 

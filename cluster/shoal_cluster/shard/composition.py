@@ -224,7 +224,11 @@ class Composition:
                 return None
             return pending.vector, pending.tail
         place = self._state.locate(point_id)
-        return None if place is None else (place.vector, place.tail)
+        if place is None:
+            return None
+        # It is about to be written again: a damaged vector would come out with a good checksum.
+        place.check(point_id)
+        return place.vector, place.tail
 
     def _delete(self, ids: Sequence[bytes]) -> int:
         """Deletes the ids that exist; a delete of nothing needs no record."""

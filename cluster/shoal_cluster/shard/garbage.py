@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import structlog
 
 from shoal_cluster.bucket.store import ObjectEntry
-from shoal_cluster.domain.errors import Unavailable
+from shoal_cluster.domain.errors import Corrupt, Unavailable
 from shoal_cluster.domain.ids import Epoch, SegmentId, Slot
 from shoal_cluster.domain.keys import ShardKeys, epoch_of_segment, number_of
 from shoal_cluster.manifest.manifest import Manifest
@@ -37,7 +37,10 @@ GRACE_S = 30.0
 """Followers that are opening a segment or reading the log's tail finish in peace. Comfort only."""
 ROUND_S = 10.0
 DELETIONS_MAX = 1000
-"""In one round; the rest waits for the next."""
+"""In one round; the rest waits for the next, which then comes sooner."""
+BEHIND_ROUND_S = 1.0
+"""Between rounds while there is more to delete. A local directory takes up to a thousand single-row
+records a second; a thousand deletions every ROUND_S would never catch up with them."""
 MANIFESTS_KEPT = 8
 FENCE_BYTES_MAX = 4096
 """A fence is about 300 bytes; only objects below this are read to see what they are."""
@@ -103,10 +106,12 @@ class GarbageCollector:
         self._condemned_s: dict[str, float] = {}
         self._fences: dict[str, bool] = {}
         self._last_s = float("-inf")
+        self._behind = False
         self.deleted = 0
 
     def due(self) -> bool:
-        return self._replica.ports.clock.monotonic_s() - self._last_s >= ROUND_S
+        pause_s = BEHIND_ROUND_S if self._behind else ROUND_S
+        return self._replica.ports.clock.monotonic_s() - self._last_s >= pause_s
 
     async def find(self, is_in_flight: Callable[[SegmentId], bool]) -> Garbage | None:
         """Returns what may be deleted now, grace aside; None when our epoch is over.
@@ -153,6 +158,7 @@ class GarbageCollector:
         found = (*garbage.segment_keys, *garbage.wal_keys)
         self._condemned_s = {key: self._condemned_s.get(key, now_s) for key in found}
         ripe = [key for key in found if now_s - self._condemned_s[key] >= GRACE_S]
+        self._behind = len(ripe) > DELETIONS_MAX
         for key in ripe[:DELETIONS_MAX]:
             await self._replica.ports.store.delete(key)
         deleted = ripe[:DELETIONS_MAX]
@@ -176,7 +182,13 @@ class GarbageCollector:
         """Finds out whether a small log object is a fence: by reading it, checksum and all."""
         if key in self._fences:
             return
-        record = await self._replica.wal.read(Slot(number_of(key)))
+        try:
+            record = await self._replica.wal.read(Slot(number_of(key)))
+        except Corrupt as error:
+            # It may be a fence, so it stays; the rest is collected all the same.
+            _log.error("garbage_unreadable", shard=self._replica.keys.shard, reason=error.message)
+            self._fences[key] = True
+            return
         if record is None:
             raise Unavailable(f"{key} vanished while garbage was being looked for")
         self._fences[key] = record.kind is RecordKind.FENCE

@@ -1,10 +1,13 @@
 """All replicas of one shard server: opens, promotes and closes them, and answers calls on them.
 
 Control methods are idempotent: the controller repeats them until what it observes is what it wants.
+A replica that cannot be loaded, or that is in quarantine because bytes it served from are damaged,
+is FAILED; opening it again backs off, because every attempt reads whole segments.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 import structlog
 
 from shoal_cluster.domain.errors import (
+    Corrupt,
     InvalidRequest,
     NotPrimary,
     ShoalError,
@@ -35,9 +39,11 @@ from shoal_cluster.shard.calls import (
     WriteCall,
     WriteReply,
 )
+from shoal_cluster.shard.damage import Damage, Part
 from shoal_cluster.shard.ports import Publisher, ShardPorts
 from shoal_cluster.shard.primary import Primary
 from shoal_cluster.shard.replica import Replica
+from shoal_cluster.shard.scrubbing import Scrubber
 from shoal_cluster.shard.state import Snapshot
 from shoal_cluster.shard.takeover import take_over
 
@@ -46,6 +52,13 @@ _log = structlog.get_logger()
 INLINE_ROWS_MAX = 4096
 """Rows × queries below which a search runs on the loop: handing it to a thread costs 50–100 µs,
 about what scanning so many rows does."""
+
+REOPEN_S_MIN = 1.0
+REOPEN_S_MAX = 60.0
+"""Pause before a replica is opened again: none after the first failure, then doubling to this."""
+REOPEN_UNAVAILABLE_S_MAX = 5.0
+"""The same while the bucket just does not answer, which costs nothing to ask."""
+_REASONS_SHOWN = 3
 
 ShardName = tuple[CollectionId, ShardNumber]
 
@@ -58,16 +71,32 @@ class _Hosted:
     primary: Primary | None = None
     promoting: asyncio.Lock | None = None
     reason: str = ""
+    damage: str = ""
+    failures: int = 0
+    reopen_s: float = float("-inf")
+    unfit: bool = False
 
 
 class ShardHost:
-    """publisher_of: makes the Publisher of a shard, which knows the followers' addresses."""
+    """publisher_of: makes the Publisher of a shard, which knows the followers' addresses.
+
+    In _Hosted: damage: what the scrubber found and does not keep the replica from serving.
+    failures: failed openings in a row; reopen_s: monotonic, when the next may be. unfit: a takeover
+    met damage, so the next one must first see the log's tail.
+    """
 
     def __init__(self, ports: ShardPorts, publisher_of: Callable[[ShardName], Publisher]) -> None:
         self._ports = ports
         self._publisher_of = publisher_of
         self._hosted: dict[ShardName, _Hosted] = {}
+        self.scrubber = Scrubber(ports, self._serving, self.treat)
+        self._scrubbing: asyncio.Task[None] | None = None
         self.searches = 0
+
+    def start_scrubbing(self) -> None:
+        """Begins to read everything again in the background, until `close_all`."""
+        if self._scrubbing is None:
+            self._scrubbing = asyncio.ensure_future(self.scrubber.run())
 
     def open(self, schema: CollectionSchema, shard: ShardNumber) -> None:
         """Begins to load a replica, or hands a newer schema to one that is there."""
@@ -76,8 +105,14 @@ class ShardHost:
         if hosted is not None and hosted.state is not ReplicaState.FAILED:
             hosted.replica.alter(schema)
             return
+        failures = 0
+        if hosted is not None:
+            retiring = hosted.opening is not None and not hosted.opening.done()
+            if retiring or self._ports.clock.monotonic_s() < hosted.reopen_s:
+                return
+            failures = hosted.failures
         replica = Replica(schema, shard, self._ports)
-        hosted = _Hosted(replica=replica, state=ReplicaState.LOADING)
+        hosted = _Hosted(replica=replica, state=ReplicaState.LOADING, failures=failures)
         hosted.opening = asyncio.ensure_future(self._load(name, hosted))
         self._hosted[name] = hosted
 
@@ -85,10 +120,82 @@ class ShardHost:
         try:
             await hosted.replica.load()
             hosted.state = ReplicaState.READY
+            hosted.failures = 0
         except ShoalError as error:
             hosted.state = ReplicaState.FAILED
             hosted.reason = error.message
-            _log.error("replica_failed", collection=name[0], shard=name[1], reason=error.message)
+            if isinstance(error, Corrupt):
+                hosted.reason += (
+                    "; put a sound copy of the object back (`shoal check` names all that are "
+                    "damaged), and the replica opens by itself"
+                )
+            self._back_off(hosted, error)
+            _log.error(
+                "replica_failed",
+                collection=name[0],
+                shard=name[1],
+                reason=hosted.reason,
+                failures=hosted.failures,
+            )
+
+    def _back_off(self, hosted: _Hosted, error: ShoalError) -> None:
+        """Sets when the replica may be opened again."""
+        hosted.failures += 1
+        if hosted.failures == 1:
+            return
+        longest_s = REOPEN_UNAVAILABLE_S_MAX if isinstance(error, Unavailable) else REOPEN_S_MAX
+        # Bounded before the power is: a replica may fail for a year.
+        delay_s = min(REOPEN_S_MIN * 2.0 ** min(hosted.failures - 2, 10), longest_s)
+        hosted.reopen_s = self._ports.clock.monotonic_s() + delay_s
+
+    def treat(self, name: ShardName, replica: Replica, damages: Sequence[Damage]) -> None:
+        """Acts on what the scrubber found: quarantine, or repair by the primary if it is here."""
+        hosted = self._hosted.get(name)
+        if hosted is None or hosted.replica is not replica:
+            return
+        shown = [f"{damage.reason} ({damage.advice})" for damage in damages[:_REASONS_SHOWN]]
+        hosted.damage = "; ".join(shown)
+        for damage in damages:
+            if damage.served:
+                self._quarantine(name, hosted, damage)
+                return
+        if damages and hosted.primary is not None and hosted.primary.serving:
+            hosted.primary.repair(damages)
+
+    def _quarantine(self, name: ShardName, hosted: _Hosted, damage: Damage) -> None:
+        """Stops the replica at once: it answers nothing any more until it is loaded again (Z-1).
+
+        Loading compares every byte, fetches damaged copies again and builds derived files again.
+        """
+        if hosted.state is not ReplicaState.READY:
+            return
+        hosted.state = ReplicaState.FAILED
+        hosted.reason = f"{damage.reason} ({damage.advice})"
+        _log.error("replica_quarantined", collection=name[0], shard=name[1], reason=hosted.reason)
+        hosted.opening = asyncio.ensure_future(_retire(hosted))
+
+    @contextlib.contextmanager
+    def _guarding(self, name: ShardName, hosted: _Hosted) -> Iterator[None]:
+        """Puts a replica in quarantine whose rows turn out to be unreadable.
+
+        Raises: Unavailable then, and when the replica was put there meanwhile: ask another.
+        """
+        try:
+            yield
+        except Corrupt as error:
+            damage = Damage(
+                part=Part.ROWS, key="", reason=error.message, served=True, fetched=False
+            )
+            self._quarantine(name, hosted, damage)
+        if hosted.state is not ReplicaState.READY:
+            raise Unavailable(f"the replica of shard {name[1]} is in quarantine: {hosted.reason}")
+
+    def _serving(self) -> Mapping[ShardName, Replica]:
+        return {
+            name: hosted.replica
+            for name, hosted in self._hosted.items()
+            if hosted.state is ReplicaState.READY
+        }
 
     async def close(self, name: ShardName) -> None:
         hosted = self._hosted.pop(name, None)
@@ -102,6 +209,10 @@ class ShardHost:
         await hosted.replica.close()
 
     async def close_all(self) -> None:
+        if self._scrubbing is not None:
+            self._scrubbing.cancel()
+            await asyncio.gather(self._scrubbing, return_exceptions=True)
+            self._scrubbing = None
         for name in list(self._hosted):
             await self.close(name)
 
@@ -109,7 +220,7 @@ class ShardHost:
         """Takes the shard over and serves its writes; returns the epoch.
 
         Raises: Conflict when somebody else is taking over; Unavailable when the replica is not
-        loaded or the bucket does not answer.
+        loaded or the bucket does not answer; Corrupt naming what cannot be replayed.
         """
         hosted = self._ready(name)
         if hosted.promoting is None:
@@ -118,8 +229,16 @@ class ShardHost:
             if hosted.primary is not None and hosted.primary.serving:
                 return hosted.primary.epoch
             replica = hosted.replica
+            if hosted.unfit:
+                # Without this every attempt would burn an epoch before it meets the damage.
+                await replica.probe()
+                hosted.unfit = False
             async with replica.advancing:
-                epoch = await take_over(replica)
+                try:
+                    epoch = await take_over(replica)
+                except Corrupt:
+                    hosted.unfit = True
+                    raise
                 hosted.primary = Primary(replica, epoch, self._publisher_of(name))
                 hosted.primary.start()
             return epoch
@@ -137,10 +256,18 @@ class ShardHost:
 
     async def search(self, call: SearchCall, body: bytes | memoryview) -> tuple[SearchReply, bytes]:
         """Answers a search; the bytes are the hits' vectors when asked for."""
-        replica = self._ready((call.collection, call.shard)).replica
+        name = (call.collection, call.shard)
+        hosted = self._ready(name)
+        started_s = self._ports.clock.monotonic_s()
+        await hosted.replica.wait_for(call.level)
+        with self._guarding(name, hosted):
+            answer = await self._search(hosted.replica, call, body, started_s)
+        return answer
+
+    async def _search(
+        self, replica: Replica, call: SearchCall, body: bytes | memoryview, started_s: float
+    ) -> tuple[SearchReply, bytes]:
         clock = self._ports.clock
-        started_s = clock.monotonic_s()
-        await replica.wait_for(call.level)
         schema = replica.schema
         order = search.SearchOrder(
             queries=_queries(body, schema.dimension),
@@ -187,23 +314,34 @@ class ShardHost:
         return reply, vectors
 
     async def get(self, call: GetCall) -> tuple[RowsReply, bytes]:
-        replica = self._ready((call.collection, call.shard)).replica
+        name = (call.collection, call.shard)
+        hosted = self._ready(name)
+        replica = hosted.replica
         await replica.wait_for(call.level)
-        snapshot = replica.state.snapshot()
-        ids, places = rows.find_rows(snapshot, call.ids)
-        return self._rows(replica, snapshot, ids, places, call.with_vector)
+        with self._guarding(name, hosted):
+            snapshot = replica.state.snapshot()
+            ids, places = rows.find_rows(snapshot, call.ids)
+            answer = self._rows(replica, snapshot, ids, places, call.with_vector)
+        return answer
 
     async def scroll(self, call: ScrollCall) -> tuple[RowsReply, bytes]:
-        replica = self._ready((call.collection, call.shard)).replica
+        name = (call.collection, call.shard)
+        hosted = self._ready(name)
+        replica = hosted.replica
         await replica.wait_for(call.level)
-        snapshot = replica.state.snapshot()
-        ids, places = rows.scroll(snapshot, call.after, call.limit, _expression(call.filter))
-        return self._rows(replica, snapshot, ids, places, call.with_vector)
+        with self._guarding(name, hosted):
+            snapshot = replica.state.snapshot()
+            ids, places = rows.scroll(snapshot, call.after, call.limit, _expression(call.filter))
+            answer = self._rows(replica, snapshot, ids, places, call.with_vector)
+        return answer
 
     async def count(self, call: CountCall) -> CountReply:
-        replica = self._ready((call.collection, call.shard)).replica
+        name = (call.collection, call.shard)
+        hosted = self._ready(name)
+        replica = hosted.replica
         await replica.wait_for(call.level)
-        found = rows.count(replica.state.snapshot(), _expression(call.filter))
+        with self._guarding(name, hosted):
+            found = rows.count(replica.state.snapshot(), _expression(call.filter))
         return CountReply(rows=found, as_of=replica.as_of())
 
     async def write(self, call: WriteCall) -> WriteReply:
@@ -225,7 +363,7 @@ class ShardHost:
             collection=name[0],
             shard=name[1],
             state=hosted.state,
-            reason=hosted.reason or replica.failure or "",
+            reason=hosted.reason or replica.failure or hosted.damage,
             leads=leads,
             epoch=state.epoch,
             seq=state.seq,
@@ -274,6 +412,12 @@ class ShardHost:
             reason = f" ({hosted.reason})" if hosted.reason else ""
             raise Unavailable(f"the replica of shard {name[1]} is {hosted.state.value}{reason}")
         return hosted
+
+
+async def _retire(hosted: _Hosted) -> None:
+    if hosted.primary is not None:
+        await hosted.primary.close()
+    await hosted.replica.close()
 
 
 def _queries(body: bytes | memoryview, dimension: int) -> Vectors:

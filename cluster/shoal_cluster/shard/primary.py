@@ -14,6 +14,7 @@ P-3 after the epoch has ended, nothing is applied and nothing acknowledged any m
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -21,6 +22,7 @@ import structlog
 from shoal_cluster.domain import limits
 from shoal_cluster.domain.errors import (
     Conflict,
+    Corrupt,
     Indeterminate,
     NotPrimary,
     Overloaded,
@@ -31,6 +33,7 @@ from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.session import Position
 from shoal_cluster.shard.calls import WriteCall, WriteReply
 from shoal_cluster.shard.composition import Composition
+from shoal_cluster.shard.damage import Damage
 from shoal_cluster.shard.dedup import Answer
 from shoal_cluster.shard.ports import Publisher
 from shoal_cluster.shard.replica import Replica
@@ -118,6 +121,10 @@ class Primary:
     @property
     def sealing(self) -> bool:
         return self._sealer.busy
+
+    def repair(self, damages: Sequence[Damage]) -> None:
+        """Replaces damaged objects by what this primary holds; see Sealer.repair."""
+        self._sealer.repair(damages)
 
     async def write(self, call: WriteCall) -> WriteReply:
         """Applies one request and returns when it is durable and visible here.
@@ -233,6 +240,11 @@ class Primary:
                 group.members.append((queued, composition.add(queued.call)))
             except Conflict as error:
                 group.refused.append((queued, error))
+            except Corrupt as error:
+                # The request may be half composed, so nothing of the group may be appended.
+                self._replica.suspected = True
+                queued.reply.set_exception(error)
+                raise
             except ShoalError as error:
                 queued.reply.set_exception(error)
             else:

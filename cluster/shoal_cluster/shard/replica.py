@@ -34,6 +34,8 @@ _log = structlog.get_logger()
 POLL_S = 1.0
 """How often a follower probes when nothing is pushed: bounds staleness after a lost push."""
 PUSHED_RECORDS_MAX = 64
+_STUCK_POLL_S_MAX = 60.0
+"""How often a follower that met damage looks whether somebody has repaired it, at the least."""
 _LOAD_ATTEMPTS_MAX = 20
 """Each retry means garbage collection overtook the load, so a newer manifest is there to read."""
 
@@ -59,6 +61,8 @@ class Replica:
         self.manifest: Manifest | None = None
         self.leader: Leader | None = None
         self.failure: str | None = None
+        self.suspected = False
+        """Something failed a check while it was read in passing: the scrubber looks at once."""
         self.advancing = asyncio.Lock()
         self._probe: asyncio.Task[None] | None = None
         self._probes: set[asyncio.Task[None]] = set()
@@ -223,7 +227,12 @@ class Replica:
             self._probe = None
             while True:
                 started_s = self.ports.clock.monotonic_s()
-                record = await self._next_record()
+                try:
+                    record = await self._next_record()
+                except Corrupt:
+                    if not await self._pass_over_damage():
+                        raise
+                    continue
                 if record is not None:
                     if self.leader is None:
                         await self.accept(record)
@@ -238,6 +247,16 @@ class Replica:
                     continue
                 self.mark_at_tail(started_s)
                 return
+
+    async def _pass_over_damage(self) -> bool:
+        """Says whether a manifest lifts us past the damaged record in our next slot.
+
+        A primary that applied the record while it was sound seals past it (shard/scrubbing.py).
+        """
+        slot = self.state.slot
+        if self.leader is None:
+            await self.load_manifest()
+        return self.state.slot > slot
 
     async def _next_record(self) -> WalRecord | None:
         slot = Slot(self.state.slot + 1)
@@ -272,6 +291,7 @@ class Replica:
 
     async def _follow(self) -> None:
         """Probes on every wake and every POLL_S; the only place where a follower meets faults."""
+        retry_at_s, delay_s = float("-inf"), POLL_S
         while True:
             with contextlib.suppress(TimeoutError):
                 # Not wait_for: Python 3.11's loses a cancellation that meets the event.
@@ -280,10 +300,17 @@ class Replica:
             self._wake.clear()
             if self.leader is not None:
                 continue
+            if self.ports.clock.monotonic_s() < retry_at_s:
+                continue
             try:
                 await self.probe()
                 self.failure = None
+                delay_s = POLL_S
             except ShoalError as error:
+                if not isinstance(error, Unavailable):
+                    # Damage does not heal by itself, and looking may mean reading a whole segment.
+                    retry_at_s = self.ports.clock.monotonic_s() + delay_s
+                    delay_s = min(2 * delay_s, _STUCK_POLL_S_MAX)
                 if self.failure != error.message:
                     level = _log.warning if isinstance(error, Unavailable) else _log.error
                     level("replica_stuck", shard=self.keys.shard, reason=error.message)

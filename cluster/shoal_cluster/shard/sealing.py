@@ -14,9 +14,9 @@ Invariant L-1: the sum of a sealed manifest equals the sum the log had at its fl
 import asyncio
 import functools
 import hashlib
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence, Set
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +31,20 @@ from shoal_cluster.domain.keys import segment_id
 from shoal_cluster.domain.point import SUM_MODULUS
 from shoal_cluster.filtering.bitmaps import from_rows, to_rows
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
+from shoal_cluster.segment.build import SegmentInput
 from shoal_cluster.segment.deletes import encode_tombstones
 from shoal_cluster.segment.reader import SegmentReader
-from shoal_cluster.shard.building import BuildOrder
+from shoal_cluster.shard.building import BuildOrder, rows_of_memtables
 from shoal_cluster.shard.compaction import plan_compaction, plan_settling
+from shoal_cluster.shard.damage import Damage, Part
 from shoal_cluster.shard.garbage import GarbageCollector
 from shoal_cluster.shard.ports import Publisher
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.state import SealPoint, SegmentView, open_view
 
 _log = structlog.get_logger()
+
+T = TypeVar("T")
 
 SEAL_SLOTS = 2000
 """Slots behind the floor past which a seal is due whatever they hold: bounds takeover's replay."""
@@ -78,6 +82,9 @@ class Sealer:
         self._in_flight: set[SegmentId] = set()
         self._garbage = GarbageCollector(replica, epoch)
         self._collection: asyncio.Task[None] | None = None
+        self._seal_asked = False
+        self._repair: asyncio.Task[None] | None = None
+        self._damaged: set[SegmentId] = set()
 
     @property
     def busy(self) -> bool:
@@ -93,13 +100,15 @@ class Sealer:
             return False
         state = self._replica.state
         return (
-            state.slot - self._manifest().floor_slot >= SEAL_SLOTS
+            self._seal_asked
+            or state.slot - self._manifest().floor_slot >= SEAL_SLOTS
             or sum(memtable.operations for memtable in state.memtables) >= limits.SEAL_OPERATIONS
             or sum(memtable.size_bytes for memtable in state.memtables) >= SEAL_BYTES
         )
 
     def start(self) -> None:
         """Freezes the memtables and seals them in the background. Call between appends."""
+        self._seal_asked = False
         point = self._replica.state.rotate()
         self._seal = asyncio.ensure_future(self._guard(functools.partial(self._run_seal, point)))
         self._seal.add_done_callback(lambda _: self._on_idle())
@@ -117,7 +126,7 @@ class Sealer:
         await asyncio.gather(*self._tasks(), return_exceptions=True)
 
     def _tasks(self) -> list[asyncio.Task[None]]:
-        tasks = (self._seal, self._compaction, self._collection)
+        tasks = (self._seal, self._compaction, self._collection, self._repair)
         return [task for task in tasks if task is not None]
 
     def tidy(self) -> None:
@@ -157,11 +166,14 @@ class Sealer:
             wal_first=point.first_slot,
             wal_last=point.floor_slot,
         )
-        entry = await self._build(order)
+        try:
+            entry = await self._build(order)
+        except Corrupt as error:
+            _log.error("sealing_from_memory", shard=keys.shard, reason=error.message)
+            entry = await self._build(order, rows_of_memtables(point.views))
         reader = await self._open(entry)
-        async with self._committing:
-            await self._commit_seal(point, entry, reader)
-            self._landed(entry)
+        await self._when_possible(lambda: self._commit_seal(point, entry, reader))
+        self._landed(entry)
         _log.info(
             "segment_sealed",
             shard=keys.shard,
@@ -179,11 +191,14 @@ class Sealer:
         if operations >= limits.SETTLE_OPERATIONS:
             self.start()
         else:
-            self._compact(plan_settling(self._manifest().segments))
+            self._compact(plan_settling(self._sound_segments()))
 
     def _maybe_compact(self) -> None:
         if not self._stopped and not self.compacting:
-            self._compact(plan_compaction(self._manifest().segments))
+            self._compact(plan_compaction(self._sound_segments()))
+
+    def _sound_segments(self) -> tuple[SegmentEntry, ...]:
+        return tuple(entry for entry in self._manifest().segments if entry.id not in self._damaged)
 
     def _compact(self, chosen: tuple[SegmentEntry, ...]) -> None:
         if chosen:
@@ -202,11 +217,18 @@ class Sealer:
             segment=segment_id(self._epoch, 0, ""),
             sources=tuple(source.entry for source in sources),
         )
-        entry = await self._build(order)
+        try:
+            entry = await self._build(order)
+        except Corrupt as error:
+            # The rows are where they were and go on being served, or the scrubber sees to it.
+            # Which source it was the message says; none of them is merged again by this primary.
+            self._damaged |= {source.entry.id for source in sources}
+            self._replica.suspected = True
+            _log.error("compaction_given_up", shard=order.shard, reason=error.message)
+            return
         reader = await self._open(entry)
-        async with self._committing:
-            await self._commit_compaction(sources, entry, reader)
-            self._landed(entry)
+        await self._when_possible(lambda: self._commit_compaction(sources, entry, reader))
+        self._landed(entry)
         _log.info(
             "segments_compacted",
             shard=self._replica.keys.shard,
@@ -217,18 +239,80 @@ class Sealer:
         self._compaction = None
         self._maybe_compact()
 
-    async def _build(self, order: BuildOrder) -> SegmentEntry | None:
-        """Has the segment built, under a new name on every attempt."""
-        delay_s = _RETRY_S
-        while True:
+    def repair(self, damages: Sequence[Damage]) -> None:
+        """Replaces objects that fail their checksum by what this primary holds, or can derive.
+
+        damages: none of a file that holds rows. What cannot be done now is asked for again.
+        """
+        parts = {damage.part for damage in damages}
+        if Part.LOG in parts and not self.busy:
+            self._seal_asked = True
+            self._on_idle()
+        derived = {damage.segment for damage in damages if damage.part is Part.DERIVED}
+        segments = [entry for entry in self._manifest().segments if entry.id in derived]
+        if segments and not self.compacting:
+            self._compact((segments[0],))
+        if parts & {Part.MANIFEST, Part.TOMBSTONES} and not self._repairing:
+            dead = {damage.segment for damage in damages if damage.part is Part.TOMBSTONES}
+            self._repair = asyncio.ensure_future(
+                self._guard(lambda: self._when_possible(lambda: self._commit_again(dead)))
+            )
+
+    @property
+    def _repairing(self) -> bool:
+        return self._repair is not None and not self._repair.done()
+
+    async def _build(
+        self, order: BuildOrder, rows: SegmentInput | None = None
+    ) -> SegmentEntry | None:
+        """Has the segment built, under a new name on every attempt. rows: see Builds.build."""
+        builds = self._replica.ports.builds
+
+        async def attempt() -> SegmentEntry | None:
             self._counter += 1
             name = segment_id(self._epoch, self._counter, self._replica.ports.ids.hex(4))
+            named = replace(order, segment=name)
             self._in_flight.add(name)
             try:
-                return await self._replica.ports.builds.build(replace(order, segment=name))
-            except Unavailable as error:
+                # Only a rescue passes rows.
+                return await (builds.build(named) if rows is None else builds.build(named, rows))
+            except Unavailable:
                 self._in_flight.discard(name)
-                _log.warning("build_retried", shard=order.shard, segment=name, reason=error.message)
+                raise
+
+        return await self._until_available("build_retried", attempt)
+
+    async def _open(self, entry: SegmentEntry | None) -> SegmentReader | None:
+        if entry is None:
+            return None
+        opening = functools.partial(
+            self._replica.ports.files.open_reader, entry, self._replica.schema
+        )
+        return await self._until_available("open_retried", opening)
+
+    async def _when_possible(self, commit: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Commits as soon as the bucket takes it: a full disk or an outage costs time only.
+
+        Between attempts others may commit, and garbage collection, which makes space, may run.
+        """
+
+        async def attempt() -> None:
+            async with self._committing:
+                await commit()
+
+        await self._until_available("commit_retried", attempt)
+
+    async def _until_available(
+        self, event: str, attempt: Callable[[], Coroutine[Any, Any, T]]
+    ) -> T:
+        delay_s = _RETRY_S
+        while True:
+            try:
+                return await attempt()
+            except NotPrimary:
+                raise
+            except Unavailable as error:
+                _log.warning(event, shard=self._replica.keys.shard, reason=error.message)
             await self._replica.ports.clock.sleep(delay_s)
             delay_s = min(2 * delay_s, _RETRY_S_MAX)
 
@@ -236,11 +320,6 @@ class Sealer:
         """A build's segment is in the manifest, or came to nothing: no more in flight."""
         if entry is not None:
             self._in_flight.discard(entry.id)
-
-    async def _open(self, entry: SegmentEntry | None) -> SegmentReader | None:
-        if entry is None:
-            return None
-        return await self._replica.ports.files.open_reader(entry, self._replica.schema)
 
     def _manifest(self) -> Manifest:
         assert self._replica.manifest is not None, "a primary has loaded a manifest"
@@ -301,6 +380,18 @@ class Sealer:
             )
         await self._commit(parent, child, views)
 
+    async def _commit_again(self, segments: Set[SegmentId | None]) -> None:
+        """Commits the manifest we have once more, with new tombstones objects for `segments`."""
+        views = []
+        for view in tuple(self._replica.state.segments.values()):
+            entry = view.entry
+            if entry.id in segments and entry.tombstones is not None:
+                stored = await self._store_tombstones(entry, view.sealed_dead)
+                entry = replace(entry, tombstones=stored)
+            views.append(open_view(entry, view.reader, view.sealed_dead))
+        parent = self._manifest()
+        await self._commit(parent, self._child(parent, views), views)
+
     async def _bury(self, view: SegmentView, rows: npt.NDArray[np.int64]) -> SegmentView:
         """Returns the view with `rows` dead for good, their tombstones stored."""
         assert (rows >= 0).all(), "every buried row was found in the segment"
@@ -355,4 +446,5 @@ class Sealer:
         if not await self._replica.manifests.commit(parent, child):
             raise NotPrimary(f"manifest {child.version} was taken by another epoch")
         self._replica.install(child, views)
+        self._damaged &= self._replica.state.segments.keys()
         self._publisher.manifest()

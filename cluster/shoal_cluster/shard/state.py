@@ -21,7 +21,7 @@ from pyroaring import BitMap
 
 from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import Epoch, SegmentId, Seq, Slot
-from shoal_cluster.domain.point import SUM_MODULUS
+from shoal_cluster.domain.point import SUM_MODULUS, row_hash
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import Position
 from shoal_cluster.manifest.manifest import Manifest, SegmentEntry
@@ -85,9 +85,11 @@ class SealPoint:
     """The state at the end of the frozen memtables: what their manifest will say of the position.
 
     first_slot: where the first of them starts; together they cover first_slot..floor_slot.
+    views: the memtables as they were then; later operations go on killing their rows.
     """
 
     memtables: tuple[Memtable, ...]
+    views: tuple[MemtableView, ...]
     first_slot: Slot
     floor_slot: Slot
     floor_epoch: Epoch
@@ -179,6 +181,7 @@ class ShardState:
         """
         point = SealPoint(
             memtables=tuple(self.memtables),
+            views=tuple(memtable.view() for memtable in self.memtables),
             first_slot=self.memtables[0].start_slot,
             floor_slot=self.slot,
             floor_epoch=self.epoch,
@@ -350,6 +353,21 @@ class RowPlace:
             return self.memtable.tails[self.row]
         assert self.segment is not None
         return self.segment.reader.tail(self.row)
+
+    def check(self, point_id: bytes) -> None:
+        """Compares a row of a segment with its hash; memtables hold what was just checked.
+
+        Raises: Corrupt naming segment and row (S-4).
+        """
+        if self.segment is None:
+            return
+        reader = self.segment.reader
+        vector = reader.vector(self.row).tobytes()
+        found = row_hash(point_id, self.seq, vector, reader.tail(self.row))
+        if found != int(reader.row_hashes[self.row]):
+            raise Corrupt(
+                f"row {self.row} of segment {reader.segment_id} does not match its hash (S-4)"
+            )
 
     @property
     def vector(self) -> npt.NDArray[np.float32]:

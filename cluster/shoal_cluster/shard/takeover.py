@@ -25,6 +25,9 @@ from shoal_cluster.wal.record import RecordKind, WalRecord
 
 _log = structlog.get_logger()
 
+_CLAIM_ATTEMPTS_MAX = 4
+"""A primary that is alive commits a manifest every second at most; losing four races is a rival."""
+
 
 async def take_over(replica: Replica) -> Epoch:
     """Makes this replica's process the only one that can append to the shard.
@@ -55,19 +58,28 @@ async def _validate(replica: Replica, epoch: Epoch, fence_slot: Slot) -> None:
 
 
 async def _claim_epoch(replica: Replica) -> Epoch:
-    manifest = await replica.manifests.newest()
-    if manifest is None:
-        raise NotFound(f"{replica.keys.prefix} holds no manifest: the shard was never created")
-    epoch = Epoch(manifest.epoch + 1)
-    claim = replace(
-        manifest,
-        version=ManifestVersion(manifest.version + 1),
-        parent_put_id=manifest.put_id,
-        put_id=replica.ports.ids.put_id(),
-        epoch=epoch,
-    )
-    if not await replica.manifests.commit(manifest, claim):
-        raise Conflict(f"shard {replica.keys.shard}: somebody else is claiming epoch {epoch}")
+    epoch: Epoch | None = None
+    for _ in range(_CLAIM_ATTEMPTS_MAX):
+        manifest = await replica.manifests.newest()
+        if manifest is None:
+            raise NotFound(f"{replica.keys.prefix} holds no manifest: the shard was never created")
+        if epoch is not None and manifest.epoch >= epoch:
+            break
+        epoch = Epoch(manifest.epoch + 1)
+        claim = replace(
+            manifest,
+            version=ManifestVersion(manifest.version + 1),
+            parent_put_id=manifest.put_id,
+            put_id=replica.ports.ids.put_id(),
+            epoch=epoch,
+        )
+        if await replica.manifests.commit(manifest, claim):
+            return await _load_claim(replica, epoch)
+        # Perhaps no rival: the old primary may have committed a seal in between.
+    raise Conflict(f"shard {replica.keys.shard}: somebody else is claiming epoch {epoch}")
+
+
+async def _load_claim(replica: Replica, epoch: Epoch) -> Epoch:
     loaded = await replica.load_manifest()
     if loaded.epoch != epoch:
         raise Conflict(

@@ -118,6 +118,7 @@ def encode_record(record: WalRecord, identity: WalIdentity) -> bytes:
         "memtable_start": record.memtable_start,
     }
     if record.kind is RecordKind.FENCE:
+        assert not batch.ids and not batch.requests, "a fence carries no operations"
         return encode(EnvelopeKind.WAL, header, b"")
     payload: bytes = msgpack.packb(
         [

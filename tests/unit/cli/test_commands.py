@@ -120,7 +120,7 @@ def test_no_cluster_is_an_error_that_says_how_to_start_one(world: FakeWorld) -> 
     result = run(world, "status")
     assert result.exit_code == 1
     assert "no cluster named 'default' runs" in result.stderr
-    assert "`shoal up` starts it" in result.stderr
+    assert "`shoal up` starts a cluster" in result.stderr
 
 
 def test_error_with_json_is_a_document_too(world: FakeWorld) -> None:

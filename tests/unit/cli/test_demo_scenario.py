@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import shoal
+from shoal_cluster.bootstrap import RunningCluster, UpOptions
 from shoal_cluster.cli.demo import scenario
 from shoal_cluster.cli.demo.figures import Figures, document_of, tables_of, targets_of
 from shoal_cluster.cli.demo.scenario import DemoOptions, Stage, run_demo
@@ -135,7 +136,7 @@ def test_every_way_out_stops_the_cluster_and_removes_the_bucket(
 def test_cluster_that_does_not_come_up_leaves_nothing(world: FakeWorld, temporary: Path) -> None:
     world.raise_in["up"] = Unavailable("Ray did not start")
     world.clusters["demo"] = world.up(  # somebody else's: it must be left alone
-        scenario.UpOptions(
+        UpOptions(
             name="demo", bucket="b", servers=2, state_directory=temporary, on_step=lambda _: None
         )
     )
@@ -160,9 +161,18 @@ def test_given_bucket_is_used_and_left(world: FakeWorld, temporary: Path) -> Non
     assert list(temporary.iterdir()) == []
 
 
-def test_termination_unwinds_like_an_interrupt(world: FakeWorld, temporary: Path) -> None:
-    class Terminate(BaseException):
-        pass
+def test_termination_unwinds_like_an_interrupt(
+    world: FakeWorld, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`up` leaves the system's handler in place, as Ray's driver does when it disconnects."""
+    start = world.up
+
+    def up(options: UpOptions) -> RunningCluster:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return start(options)
+
+    monkeypatch.setattr(world, "up", up)
+    before = signal.getsignal(signal.SIGTERM)
 
     def terminate(ids: list[str]) -> list[str]:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -173,7 +183,7 @@ def test_termination_unwinds_like_an_interrupt(world: FakeWorld, temporary: Path
     assert result.exit_code == 128 + signal.SIGTERM
     assert world.down_calls == ["demo"]
     assert list(temporary.iterdir()) == []
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_one_server_cannot_show_a_takeover(world: FakeWorld) -> None:

@@ -2,18 +2,17 @@
 
 import json
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 
 from shoal_cluster.cli.demo.figures import document_of, tables_of, targets_of
 from shoal_cluster.cli.demo.scenario import REPLICAS, DemoOptions, Stage, run_demo
+from shoal_cluster.cli.demo.signals import unwound_by_termination
 from shoal_cluster.cli.failure import EXIT_ERROR, SHOAL_ERRORS, CommandFailed
 from shoal_cluster.cli.session import Session, shoal_command
 from shoal_cluster.domain.clock import SystemClock
@@ -23,8 +22,6 @@ from shoal_cluster.settings import SERVERS_MAX
 NAME = "demo"
 SERVERS = 2
 """As many as replicas: with fewer the kill would leave shards without a copy."""
-
-_EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
 @click.command()
@@ -61,7 +58,7 @@ def demo(
         on_step=output.step,
         progress=output.progress,
     )
-    with _terminated_like_interrupted(), _bucket(given_bucket, keep, session) as bucket:
+    with unwound_by_termination(), _bucket(given_bucket, keep, session) as bucket:
         try:
             figures = run_demo(
                 DemoOptions(
@@ -103,21 +100,6 @@ def _bucket(given: str | None, keep: bool, session: Session) -> Iterator[str]:
             session.output.step(f"bucket kept: try `shoal check {directory / 'bucket'}`")
         else:
             shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Makes SIGTERM and SIGHUP unwind the stack, so that they too end the demo's processes."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(_EXIT_TERMINATED)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _free_port() -> int:

@@ -46,6 +46,7 @@ from shoal_cluster.cli.demo.observation import (
     rows_not_indexed,
     sealing_is_due,
 )
+from shoal_cluster.cli.demo.signals import interrupts_ignored, unwound_by_termination
 from shoal_cluster.cli.demo.traffic import Attempt, Traffic, latency_of
 from shoal_cluster.cli.session import Entrances
 from shoal_cluster.domain.clock import Clock
@@ -156,24 +157,12 @@ def _cluster(options: DemoOptions, stage: Stage, step: str) -> Iterator[RunningC
         )
     )
     try:
-        yield cluster
+        with unwound_by_termination():
+            yield cluster
         stage.step = "stopping the cluster"
     finally:
-        with _no_interrupts():
+        with interrupts_ignored():
             stage.entrances.down(options.name, options.state_directory, stage.on_step)
-
-
-@contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Lets a second Ctrl-C not leave processes behind; the stop it waits for is bounded."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _load(client: shoal.Client, corpus: Corpus, stage: Stage) -> Loading:

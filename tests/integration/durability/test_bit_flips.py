@@ -1,0 +1,257 @@
+"""One flipped bit anywhere in a bucket or a cache: noticed, named, never served, no going in circles.
+
+Here every so manyth byte; `python -m tests.integration.durability.flips` tries them all.
+"""
+
+import asyncio
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import xxhash
+
+from shoal_cluster.bucket import envelope
+from shoal_cluster.bucket.local import LocalStore
+from shoal_cluster.control.catalog import CatalogLog, Owner
+from shoal_cluster.control.controller import PROMOTION_PAUSE_S_MAX, ControlLoop
+from shoal_cluster.control.reconcile import CloseReplica, Command, OpenReplica, Promote
+from shoal_cluster.domain.errors import ShoalError
+from shoal_cluster.domain.ids import ServerId
+from shoal_cluster.domain.observation import ReplicaState, ServerReport
+from shoal_cluster.index import families
+from shoal_cluster.shard import segment_files
+from shoal_cluster.shard.host import ShardHost
+from tests.integration.durability.flips import (
+    Findings,
+    SmallBucket,
+    codes_for_few_rows,
+    enumerate_cache_flips,
+    enumerate_flips,
+    shown,
+)
+from tests.unit.shard.in_place import flip
+from tests.unit.shard.nodes import LoopClock, SeededIds, run, upsert
+
+STRIDE = 61
+CLASSES = {
+    *("cluster", "catalog", "catalog floor", "manifest", "manifest floor", "log data", "fence"),
+    *("vectors", "codes", "payload", "ids", "attributes", "meta", "tombstones"),
+}
+SERVER = ServerId("server-1")
+
+
+@pytest.fixture(autouse=True)
+def small_segments_have_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "choose_family", codes_for_few_rows)
+
+
+def findings_of(folder: Path, stride: int = STRIDE) -> Findings:
+    async def scenario() -> Findings:
+        bucket = await SmallBucket(folder).build()
+        findings = await enumerate_flips(bucket, stride=stride)
+        bucket.close()
+        return findings
+
+    return run(scenario())
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_object_is_noticed_and_never_served(tmp_path):
+    findings = findings_of(tmp_path)
+    assert not findings.wrong, findings.table()
+    assert set(findings.positions) == CLASSES
+    # The offline check names everything; the scrubber whatever a running replica depends on.
+    for name in CLASSES:
+        assert findings.noticed[name, "check"] == findings.positions[name], findings.table()
+    for name in ("vectors", "codes", "payload", "ids", "attributes", "meta", "tombstones"):
+        assert findings.noticed[name, "scrub"] == findings.positions[name], findings.table()
+    for name in ("codes", "attributes", "meta"):
+        assert not findings.refused[name], "these are built again, and the shard opens"
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_a_cached_copy_is_noticed_and_the_copy_replaced(tmp_path):
+    async def scenario() -> Findings:
+        bucket = await SmallBucket(tmp_path, in_place=False).build()
+        findings = await enumerate_cache_flips(bucket, stride=STRIDE)
+        bucket.close()
+        return findings
+
+    findings = run(scenario())
+    assert not findings.wrong, findings.table()
+    assert len(findings.positions) == 6
+
+
+def test_files_that_nobody_compares_would_be_caught_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(segment_files, "verify_files", lambda *_: None)
+    assert findings_of(tmp_path, stride=97).wrong
+
+
+def test_envelopes_that_nobody_compares_would_be_caught_here(tmp_path, monkeypatch):
+    class Agreeable(bytes):
+        __hash__ = None  # type: ignore[assignment]
+
+        def __ne__(self, other: object) -> bool:
+            return False
+
+    digest = xxhash.xxh3_128_digest
+    monkeypatch.setattr(envelope.xxhash, "xxh3_128_digest", lambda body: Agreeable(digest(body)))
+    assert findings_of(tmp_path, stride=97).wrong
+
+
+class OneServer:
+    """The Servers port of a controller over a single host in this process."""
+
+    def __init__(self, host: ShardHost) -> None:
+        self.host = host
+        self.commands: list[Command] = []
+
+    def placed(self) -> Mapping[ServerId, str]:
+        return {SERVER: "node-1"}
+
+    async def report(self, server: ServerId) -> ServerReport:
+        return ServerReport(
+            server=server,
+            incarnation="only",
+            address="nowhere",
+            node="node-1",
+            pid=1,
+            memory_bytes=0,
+            started_ms=0,
+            replicas=tuple(self.host.reports()),
+            followers={},
+        )
+
+    async def carry_out(self, command: Command) -> None:
+        self.commands.append(command)
+        if isinstance(command, OpenReplica):
+            self.host.open(command.schema, command.shard)
+        elif isinstance(command, Promote):
+            await self.host.promote((command.collection, command.shard))
+        elif isinstance(command, CloseReplica):
+            await self.host.close((command.collection, command.shard))
+
+    def publish(self, _: object) -> None:
+        return None
+
+
+def one_key_of_each_class(bucket: SmallBucket) -> Iterator[tuple[str, str]]:
+    """Yields class and key; of manifests and log the newest, which a start cannot do without."""
+    chosen = {bucket.class_of(key): key for key in bucket.objects()}
+    yield from chosen.items()
+
+
+@pytest.mark.slow
+def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path, monkeypatch):
+    """Ten minutes under a real controller: loads, epochs and objects stay few, and none is wrong."""
+    loads: list[str] = []
+
+    async def scenario() -> None:
+        bucket = await SmallBucket(tmp_path).build()
+        whole = dict(bucket.store.objects)
+        for name, key in one_key_of_each_class(bucket):
+            bucket.store.objects[key] = flip(whole[key], len(whole[key]) // 2)
+            await ten_minutes(bucket, name)
+            for added in set(bucket.store.objects) - set(whole):
+                del bucket.store.objects[added]
+            for key, body in whole.items():
+                bucket.store.objects[key] = body
+        bucket.close()
+
+    async def ten_minutes(bucket: SmallBucket, name: str) -> None:
+        clock = LoopClock()
+        objects_before = len(bucket.store.objects)
+        host = ShardHost(bucket.node().ports, lambda _: bucket.shard.network)
+        host.start_scrubbing()
+        servers = OneServer(host)
+        control = ControlLoop(
+            store=bucket.store,
+            clock=clock,
+            ids=SeededIds(3),
+            servers=servers,
+            audience=servers,
+            cluster_uuid=bytes(16),
+            owner=Owner(incarnation="me", address="here", since_ms=0),
+        )
+        try:
+            await control.claim()
+        except ShoalError:
+            assert name == "catalog", "a cluster starts unless its catalog is damaged"
+            await host.close_all()
+            return
+        running = asyncio.ensure_future(control.run())
+        await asyncio.sleep(600)
+        opened = sum(isinstance(command, OpenReplica) for command in servers.commands)
+        promoted = sum(isinstance(command, Promote) for command in servers.commands)
+        (report,) = host.reports()
+        if report.state is ReplicaState.READY:
+            assert (
+                report.leads
+                and shown(host._hosted[report.collection, 0].replica)[:6] == (bucket.expected[:6])
+            )
+            assert promoted <= 3 and opened <= 3, f"{name}: {promoted} promotions, {opened} opens"
+        else:
+            loads.append(name)
+            assert not promoted
+            assert host._hosted[report.collection, 0].failures < 20, name
+        assert promoted < 600 / PROMOTION_PAUSE_S_MAX
+        assert len(bucket.store.objects) < objects_before + 20, name
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await host.close_all()
+
+    run(scenario())
+    # Only what holds rows, and the newest record of what was acknowledged, keeps a shard down.
+    assert {"vectors", "ids", "payload", "manifest", "log data"} <= set(loads)
+    assert not {"codes", "attributes", "meta"} & set(loads)
+
+
+def test_a_directory_is_no_exception(tmp_path):
+    """The same for the real directory store, one byte a class."""
+
+    async def scenario() -> list[str]:
+        bucket = await SmallBucket(tmp_path).build()
+        bucket.store = LocalStore(tmp_path / "bucket")
+        missed = []
+        catalog = CatalogLog(bucket.store, LoopClock(), SeededIds(1))
+        for name, key in one_key_of_each_class(Directory(bucket)):
+            path = tmp_path / "bucket" / key
+            sound = path.read_bytes()
+            path.write_bytes(flip(sound, len(sound) // 3))
+            node = bucket.node()
+            try:
+                await catalog.read()
+                await node.load()
+                assert shown(node.replica) == bucket.expected
+                salvaged = [node.ports.files.salvage_of(one) for one in node.replica.state.segments]
+                if not any(salvage and key in salvage.reason for salvage in salvaged):
+                    missed.append(name)
+            except ShoalError as error:
+                assert key in error.message
+            finally:
+                await node.crash()
+                path.write_bytes(sound)
+        await bucket.store.close()
+        bucket.close()
+        return missed
+
+    missed = asyncio.run(scenario())
+    # Nothing of these is read to start the shard.
+    assert set(missed) <= {"cluster", "catalog floor", "manifest floor"}
+    shutil.rmtree(tmp_path / "bucket")
+
+
+class Directory(SmallBucket):
+    """The objects of a bucket as its files say."""
+
+    def __init__(self, bucket: SmallBucket) -> None:
+        self.root = bucket.folder / "bucket"
+
+    def objects(self) -> list[str]:
+        files = sorted(path for path in self.root.rglob("*") if path.is_file())
+        return [str(path.relative_to(self.root)) for path in files]
+
+    def class_of(self, key: str) -> str:
+        self.store = self
+        return SmallBucket.class_of(self, key)
