@@ -93,7 +93,7 @@ def run(size: Size, progress: Callable[[str], None]) -> dict[str, Any]:
             with shoal.Client(cluster.grpc_address, timeout_s=60.0) as client:
                 load = writes.load(client, COLLECTION, corpus, progress)
                 progress("waiting until everything is indexed and compacted")
-                load |= writes.settle(client, cluster, COLLECTION)
+                load |= writes.settle(client, cluster, COLLECTION, rows=size.rows)
             schema = uvloop.run(_schema(cluster.bucket))
             secret = bytes.fromhex(SystemIdGenerator().hex(32))
             with shard_process(

@@ -66,8 +66,12 @@ def _every_tenth(rows: int, progress: Callable[[str], None]) -> Callable[[int, i
     return report
 
 
-def settle(client: shoal.Client, cluster: RunningCluster, name: str) -> dict[str, Any]:
+def settle(
+    client: shoal.Client, cluster: RunningCluster, name: str, *, rows: int
+) -> dict[str, Any]:
     """Waits until the shard is sealed and compacted as far as it goes; returns how it stands.
+
+    rows: those that were loaded; a status that does not know all of them yet is too old.
 
     Asks the shard's own planners about the manifest in the bucket: waiting for nothing to change
     would end too early whenever a build is slow to start.
@@ -81,6 +85,8 @@ def settle(client: shoal.Client, cluster: RunningCluster, name: str) -> dict[str
         manifest = asyncio.run(_newest_manifest(cluster.bucket, keys))
         # Up to here, rows wait for more to be sealed with.
         if manifest is None or shard.seq - manifest.floor_seq >= SETTLE_OPERATIONS:
+            return None
+        if shard.rows_live != rows:
             return None
         if plan_compaction(manifest.segments) or plan_settling(manifest.segments):
             return None

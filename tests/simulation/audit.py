@@ -183,23 +183,39 @@ def _read_of(
     match method:
         case "search":
             return Read(
-                SearchCall.from_wire(header), body, SearchReply.from_wire(found), reply_body,
-                floor, durable,
+                SearchCall.from_wire(header),
+                body,
+                SearchReply.from_wire(found),
+                reply_body,
+                floor,
+                durable,
             )
         case "get":
             return Read(
-                GetCall.from_wire(header), body, RowsReply.from_wire(found), reply_body,
-                floor, durable,
+                GetCall.from_wire(header),
+                body,
+                RowsReply.from_wire(found),
+                reply_body,
+                floor,
+                durable,
             )
         case "scroll":
             return Read(
-                ScrollCall.from_wire(header), body, RowsReply.from_wire(found), reply_body,
-                floor, durable,
+                ScrollCall.from_wire(header),
+                body,
+                RowsReply.from_wire(found),
+                reply_body,
+                floor,
+                durable,
             )
         case "count":
             return Read(
-                CountCall.from_wire(header), body, CountReply.from_wire(found), reply_body,
-                floor, durable,
+                CountCall.from_wire(header),
+                body,
+                CountReply.from_wire(found),
+                reply_body,
+                floor,
+                durable,
             )
     return None
 
@@ -214,9 +230,7 @@ class _ShardTrial:
         self._place = place
         self._slots = slots
         self._keys = ShardKeys(place[0], ShardNumber(place[1]))  # type: ignore[arg-type]
-        self._identity = WalIdentity(
-            cluster_uuid=cluster_uuid, collection=place[0], shard=place[1]
-        )
+        self._identity = WalIdentity(cluster_uuid=cluster_uuid, collection=place[0], shard=place[1])
         self._found: list[str] = []
         self._marks: dict[tuple[str, int], tuple[WalRecord, RequestMark]] = {}
 
@@ -461,9 +475,9 @@ def _wrong_rows(read: Read, points: Sequence[bytes], rows: Rows) -> str | None:
     expected = [(point, rows[point].seq, rows[point].tail) for point in points]
     if told != expected:
         return f"{call.METHOD} {_seqs(told)} for {_seqs(expected)}"
-    if isinstance(call, GetCall | ScrollCall) and call.with_vector:
-        if read.reply_body != b"".join(rows[point].vector for point in reply.ids):
-            return f"{call.METHOD} returned other vectors"
+    vectors = b"".join(rows[point].vector for point in reply.ids)
+    if isinstance(call, GetCall | ScrollCall) and call.with_vector and read.reply_body != vectors:
+        return f"{call.METHOD} returned other vectors"
     return None
 
 
@@ -478,9 +492,7 @@ def _wrong_hits(read: Read, rows: Rows) -> str | None:
     if not call.exact:
         return None
     wanted = None if call.filter is None else from_wire(call.filter)
-    points = [
-        point for point, row in rows.items() if satisfies(wanted, decode_tail(row.tail)[1])
-    ]
+    points = [point for point, row in rows.items() if satisfies(wanted, decode_tail(row.tail)[1])]
     dimension = len(next(iter(rows.values())).vector) // 4 if rows else 1
     queries = np.frombuffer(read.body, dtype=np.float32)
     if not rows:

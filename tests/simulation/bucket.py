@@ -57,9 +57,7 @@ def await_chain(frame: FrameType | None) -> tuple[Site, ...]:
         name = frame.f_code.co_filename
         at = name.find(_PACKAGE)
         if at >= 0:
-            chain.append(
-                (name[at + len(_PACKAGE) :], frame.f_code.co_name, frame.f_lineno)
-            )
+            chain.append((name[at + len(_PACKAGE) :], frame.f_code.co_name, frame.f_lineno))
         frame = frame.f_back
     return tuple(chain)
 

@@ -124,8 +124,18 @@ class SimulatedClient:
 
     async def step(self) -> None:
         kind = self._rng.choices(
-            ("upsert", "batch", "delete", "delete_where", "patch", "get", "scroll", "count",
-             "search", "condition"),
+            (
+                "upsert",
+                "batch",
+                "delete",
+                "delete_where",
+                "patch",
+                "get",
+                "scroll",
+                "count",
+                "search",
+                "condition",
+            ),
             (20, 8, 8, 2, 8, 20, 8, 4, 12, 5),
         )[0]
         level = self._rng.choice(tuple(Level))

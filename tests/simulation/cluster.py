@@ -7,7 +7,7 @@ and never outlives its deadline.
 
 import asyncio
 import functools
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
@@ -30,8 +30,8 @@ from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.pool import LinkPool
 from shoal_cluster.query.execute import Searcher
-from tests.simulation.audit import AuditedCaller, Audit
-from tests.simulation.bucket import StoreCalls, WatchedObjects
+from tests.simulation.audit import Audit, AuditedCaller
+from tests.simulation.bucket import StoreCalls
 from tests.simulation.loop import Process
 from tests.simulation.network import SimulatedNetwork
 from tests.simulation.server import (
@@ -89,15 +89,15 @@ class Cluster:
         self._lives += 1
         name = f"{name}.{self._lives}"
         self.world.note(name, "starts")
-        return Machine(
-            self.world, self.network, self.objects, self._calls, self._plan, name
-        )
+        return Machine(self.world, self.network, self.objects, self._calls, self._plan, name)
 
     def weather(self, plan: FaultPlan) -> None:
         """Changes the bucket's faults, for processes there are and to come."""
         self._plan = plan
-        for life in [*self.servers.values(), *self.controllers]:
-            life.machine.store.faults.plan = plan
+        machines = [server.machine for server in self.servers.values()]
+        machines += [controller.machine for controller in self.controllers]
+        for machine in machines:
+            machine.store.faults.plan = plan
 
     def start_server(self, name: ServerId) -> SimulatedServer:
         server = SimulatedServer(self.machine(name), name)
@@ -180,15 +180,14 @@ class SimulatedServers:
         server = self._cluster.find(command.server)
         if server is None:
             raise Unavailable(f"server {command.server} is dead")
+        work: Callable[[], Coroutine[Any, Any, Any]]
         match command:
             case OpenReplica():
                 work = functools.partial(
                     server.open_replica, command.schema.to_wire(), command.shard
                 )
             case CloseReplica():
-                work = functools.partial(
-                    server.close_replica, (command.collection, command.shard)
-                )
+                work = functools.partial(server.close_replica, (command.collection, command.shard))
             case Promote():
                 work = functools.partial(server.promote, (command.collection, command.shard))
             case SetFollowers():

@@ -68,7 +68,8 @@ def places() -> list[Place]:
     return [
         place
         for place in found
-        if (place.file, place.function) not in OUT_OF_REACH and (place.file, "*") not in OUT_OF_REACH
+        if (place.file, place.function) not in OUT_OF_REACH
+        and (place.file, "*") not in OUT_OF_REACH
     ]
 
 

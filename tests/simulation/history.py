@@ -14,6 +14,7 @@ acknowledgements share a position; replicas at rest agree; index, payload and at
 """
 
 import enum
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -221,9 +222,7 @@ class _Trial:
             if write.ending is not Ending.OK:
                 continue
             for change, seq in _acked_changes(write):
-                self._learn(
-                    change, _Version(seq, _is_delete(change), write.name, True), write.name
-                )
+                self._learn(change, _Version(seq, _is_delete(change), write.name, True), write.name)
 
     def _learn_from_rows(self) -> None:
         seq_of_value: dict[tuple[str, int, int | None], int] = {}
@@ -335,7 +334,7 @@ class _Trial:
                 acks[shard].append(position)
         for shard, positions in acks.items():
             ordered = sorted(positions, key=lambda position: position.seq)
-            for earlier, later in zip(ordered, ordered[1:], strict=False):
+            for earlier, later in itertools.pairwise(ordered):
                 if later.epoch < earlier.epoch and later.seq > earlier.seq:
                     self._say(
                         ViolationKind.TWO_ACKS_ONE_POSITION,
@@ -384,9 +383,7 @@ class _Trial:
     def _check_level(self, read: Read) -> None:
         for shard, position in read.as_of.items():
             floor = self._floor(read, shard)
-            if position.seq < floor.seq or (
-                read.level is Level.SESSION and position < floor
-            ):
+            if position.seq < floor.seq or (read.level is Level.SESSION and position < floor):
                 kind = (
                     ViolationKind.STALE_STRONG_READ
                     if read.level is Level.STRONG
@@ -406,9 +403,7 @@ class _Trial:
             elif due is not None and not due.deleted:
                 self._check_missing(read, shard, point, due)
             if row is not None and read.at_once and row.seq > read.as_of[shard].seq:
-                self._say(
-                    ViolationKind.AS_OF_UNTRUE, f"{read.what} as of {read.as_of} shows {row}"
-                )
+                self._say(ViolationKind.AS_OF_UNTRUE, f"{read.what} as of {read.as_of} shows {row}")
 
     def _check_shown(self, read: Read, row: Seen, due: _Version | None, floor: int) -> None:
         if due is not None and row.seq < due.seq:

@@ -136,9 +136,7 @@ class Nemesis:
                 address = server.address
                 cluster.network.partition(address)
                 duration_s = draw_between(self._rng, 0.1, 8.0)
-                world.spawn(
-                    self._later(duration_s, lambda: cluster.network.heal(address), "heals")
-                )
+                world.spawn(self._later(duration_s, lambda: cluster.network.heal(address), "heals"))
             case "sever links" if server is not None:
                 cluster.network.sever(server.address)
             case "forced takeover" if server is not None:

@@ -1,20 +1,21 @@
 """One run: a cluster, clients and misfortunes from one seed, then calm, then judgement.
 
-    0. limits are scaled down, so that seals, compactions and refusals happen all the time
-    1. a collection is created
-    2. clients work while misfortunes happen
-    3. calm: faults end, what died comes back; within REST_S_MAX everything must be at rest
-    4. every replica is asked; every client reads everything
-    5. every process is killed; a new cluster must show the same from the bucket alone
-    6. the history (history.py) and every answer of every shard (audit.py) are judged
+0. limits are scaled down, so that seals, compactions and refusals happen all the time
+1. a collection is created
+2. clients work while misfortunes happen
+3. calm: faults end, what died comes back; within REST_S_MAX everything must be at rest
+4. every replica is asked; every client reads everything
+5. every process is killed; a new cluster must show the same from the bucket alone
+6. the history (history.py) and every answer of every shard (audit.py) are judged
 """
 
 import asyncio
+import functools
 import random
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,6 @@ def simulate(
     seed: int,
     *,
     crash: CrashPlan | None = None,
-    disturb: Callable[[], None] | None = None,
     work_s: float = 40.0,
 ) -> Outcome:
     """Runs one seed. crash: a crash point to kill a process at, besides the seed's misfortunes."""
@@ -136,16 +136,14 @@ class _Run:
             ]
             until_s = loop.time() + work_s
             misfortune = world.spawn(nemesis.run(until_s))
-            pause_s = 0.05 if weather.hurried else rng.choice((0.05, 0.3, 1.0))
+            pause_s = 0.1 if weather.hurried else rng.choice((0.05, 0.3, 1.0))
             await asyncio.gather(*(client.work(until_s, pause_s) for client in clients))
             misfortune.cancel()
             nemesis.calm()
             await self._rest(world, cluster, audit, history, clients)
             await self._start_over(world, cluster, audit, history, clients)
 
-    async def _create(
-        self, world: World, cluster: Cluster, controller: Any, shards: int
-    ) -> None:
+    async def _create(self, world: World, cluster: Cluster, controller: Any, shards: int) -> None:
         schema = schema_of(shards, 2)
         rng = world.rng("setup")
         for _ in range(50):
@@ -155,7 +153,9 @@ class _Run:
             try:
                 await world.remote_call(
                     controller.process,
-                    lambda: controller.loop.create_collection(schema, RequestName("setup", 1)),
+                    functools.partial(
+                        controller.loop.create_collection, schema, RequestName("setup", 1)
+                    ),
                     rng=rng,
                     timeout_s=70.0,
                     lost=Unavailable,
@@ -179,7 +179,7 @@ class _Run:
     ) -> None:
         """Waits until every replica has the whole log, then has everybody read everything."""
         deadline_s = world.loop.time() + REST_S_MAX
-        while not (problem := self._unrest(cluster, audit)) == "":
+        while (problem := self._unrest(cluster, audit)) != "":
             if world.loop.time() > deadline_s:
                 world.violate(f"no rest within {REST_S_MAX:g} s of calm: {problem}")
                 return
@@ -234,8 +234,8 @@ class _Run:
         for coordinator in cluster.coordinators:
             if not coordinator.process.alive:
                 return f"{coordinator.machine.name} is down"
-            place = coordinator.board.current().collections.get(COLLECTION)
-            if place is None or any(shard.primary is None for shard in place.shards):
+            known = coordinator.board.current().collections.get(COLLECTION)
+            if known is None or any(shard.primary is None for shard in known.shards):
                 return f"{coordinator.machine.name} does not know every primary"
         return ""
 
@@ -249,9 +249,11 @@ class _Run:
     ) -> None:
         """Kills everything, lets it come back, and looks again."""
         world.note("scenario", "everything is killed")
-        for life in [*cluster.servers.values(), *cluster.coordinators, *cluster.controllers]:
-            if life.process.alive:
-                life.process.kill()
+        processes = [server.process for server in cluster.servers.values()]
+        processes += [coordinator.process for coordinator in cluster.coordinators]
+        processes += [controller.process for controller in cluster.controllers]
+        for process in processes:
+            process.kill()
         cluster.start_controller()
         await asyncio.sleep(0.5)
         await self._rest(world, cluster, audit, history, clients)
@@ -333,7 +335,7 @@ class _Events:
         self.world: World | None = None
         self.alarms: list[str] = []
 
-    def __call__(self, _logger: Any, method: str, event: dict[str, Any]) -> Any:
+    def __call__(self, _logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
         world = self.world
         if world is not None:
             process = current_process()

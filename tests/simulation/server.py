@@ -64,9 +64,7 @@ class Machine:
             clock=SimulatedClock(world.loop, offset_s=0.0, rate=1.0),
         )
         world.bucket_faults.append(faults.counts)
-        self.store = SimulatedStore(
-            world, self.process, faults, calls, world.rng(f"store {name}")
-        )
+        self.store = SimulatedStore(world, self.process, faults, calls, world.rng(f"store {name}"))
 
     def pool(self) -> LinkPool:
         connector = functools.partial(
@@ -180,12 +178,14 @@ class SimulatedServer:
         return Reply((await self.host.write(call)).to_wire())
 
     def _push(self, request: Request) -> Reply:
-        collection, shard, slot = request.header  # type: ignore[misc]
+        header: Any = request.header
+        collection, shard, slot = header
         self.host.offer((collection, shard), Slot(slot), bytes(request.body))
         return Reply()
 
     def _wake(self, request: Request) -> Reply:
-        collection, shard = request.header  # type: ignore[misc]
+        header: Any = request.header
+        collection, shard = header
         self.host.wake((collection, shard))
         return Reply()
 

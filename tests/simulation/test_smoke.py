@@ -32,8 +32,7 @@ def test_same_seed_gives_the_same_event_log() -> None:
 def test_event_log_does_not_depend_on_the_process() -> None:
     """Sets of text have another order in every process unless somebody sorts them."""
     script = (
-        "from tests.simulation.scenario import simulate;"
-        f"print(simulate(5, work_s={WORK_S}).digest)"
+        f"from tests.simulation.scenario import simulate;print(simulate(5, work_s={WORK_S}).digest)"
     )
     digests = {
         subprocess.run(

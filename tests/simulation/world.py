@@ -1,4 +1,4 @@
-"""What all simulated processes share: the seed, the event log, the clock's truth, the network delay.
+"""What all simulated processes share: seed, event log, true time, message delays.
 
 Every random number comes from a stream named after its use, so that a change in one place does not
 move the others.

@@ -40,8 +40,6 @@ class FileSystem(Protocol):
         """Removes a directory, which must be empty."""
         ...
 
-    def fsync_file(self, path: Path) -> None: ...
-
     def fsync_directory(self, path: Path) -> None: ...
 
 
@@ -72,14 +70,8 @@ class PosixFileSystem:
     def remove_directory(self, path: Path) -> None:
         os.rmdir(path)
 
-    def fsync_file(self, path: Path) -> None:
-        self._fsync_opened(path, os.O_RDONLY)
-
     def fsync_directory(self, path: Path) -> None:
-        self._fsync_opened(path, os.O_RDONLY | os.O_DIRECTORY)
-
-    def _fsync_opened(self, path: Path, flags: int) -> None:
-        descriptor = os.open(path, flags | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
         finally:

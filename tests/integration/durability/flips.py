@@ -9,11 +9,14 @@ object, no look shows anything but the right rows, and no error but Corrupt come
 """
 
 import argparse
+import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -316,6 +319,19 @@ def codes_for_few_rows(rows: int, dimension: int) -> tuple[Family, str]:
     return (Family.FAST_SCAN if rows >= ROWS // 2 else Family.FLAT), "for the test"
 
 
+@contextlib.contextmanager
+def _faiss_is_quiet() -> Iterator[None]:
+    """Hides what FAISS writes past Python: that so few rows train poor codes."""
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 async def _whole(folder: Path, stride: int) -> list[Findings]:
     in_place = await SmallBucket(folder / "in-place").build()
     findings = [await enumerate_flips(in_place, stride=stride)]
@@ -332,7 +348,7 @@ def main() -> int:
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     with mock.patch.object(families, "choose_family", codes_for_few_rows):
-        with tempfile.TemporaryDirectory(prefix="shoal-flips-") as folder:
+        with tempfile.TemporaryDirectory(prefix="shoal-flips-") as folder, _faiss_is_quiet():
             found = run(_whole(Path(folder), arguments.stride))
     for findings in found:
         sys.stdout.write(findings.table() + "\n\n")

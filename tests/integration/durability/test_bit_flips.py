@@ -1,4 +1,4 @@
-"""One flipped bit anywhere in a bucket or a cache: noticed, named, never served, no going in circles.
+"""One flipped bit anywhere in a bucket or a cache: noticed, named, never served, no crash loop.
 
 Here every so manyth byte; `python -m tests.integration.durability.flips` tries them all.
 """
@@ -14,7 +14,7 @@ import xxhash
 from shoal_cluster.bucket import envelope
 from shoal_cluster.bucket.local import LocalStore
 from shoal_cluster.control.catalog import CatalogLog, Owner
-from shoal_cluster.control.controller import PROMOTION_PAUSE_S_MAX, ControlLoop
+from shoal_cluster.control.controller import ControlLoop
 from shoal_cluster.control.reconcile import CloseReplica, Command, OpenReplica, Promote
 from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.domain.ids import ServerId
@@ -31,7 +31,7 @@ from tests.integration.durability.flips import (
     shown,
 )
 from tests.unit.shard.in_place import flip
-from tests.unit.shard.nodes import LoopClock, SeededIds, run, upsert
+from tests.unit.shard.nodes import LoopClock, SeededIds, run
 
 STRIDE = 61
 CLASSES = {
@@ -39,6 +39,8 @@ CLASSES = {
     *("vectors", "codes", "payload", "ids", "attributes", "meta", "tombstones"),
 }
 SERVER = ServerId("server-1")
+WHILE_S = 90.0
+"""In virtual time: without a pause a controller would open a damaged replica 300 times in it."""
 
 
 @pytest.fixture(autouse=True)
@@ -143,8 +145,8 @@ def one_key_of_each_class(bucket: SmallBucket) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path, monkeypatch):
-    """Ten minutes under a real controller: loads, epochs and objects stay few, and none is wrong."""
+def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path):
+    """Under a real controller: loads, promotions and objects stay few, and no row is wrong."""
     loads: list[str] = []
 
     async def scenario() -> None:
@@ -152,14 +154,14 @@ def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path, monkeypatc
         whole = dict(bucket.store.objects)
         for name, key in one_key_of_each_class(bucket):
             bucket.store.objects[key] = flip(whole[key], len(whole[key]) // 2)
-            await ten_minutes(bucket, name)
+            await a_while(bucket, name)
             for added in set(bucket.store.objects) - set(whole):
                 del bucket.store.objects[added]
             for key, body in whole.items():
                 bucket.store.objects[key] = body
         bucket.close()
 
-    async def ten_minutes(bucket: SmallBucket, name: str) -> None:
+    async def a_while(bucket: SmallBucket, name: str) -> None:
         clock = LoopClock()
         objects_before = len(bucket.store.objects)
         host = ShardHost(bucket.node().ports, lambda _: bucket.shard.network)
@@ -181,7 +183,7 @@ def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path, monkeypatc
             await host.close_all()
             return
         running = asyncio.ensure_future(control.run())
-        await asyncio.sleep(600)
+        await asyncio.sleep(WHILE_S)
         opened = sum(isinstance(command, OpenReplica) for command in servers.commands)
         promoted = sum(isinstance(command, Promote) for command in servers.commands)
         (report,) = host.reports()
@@ -194,8 +196,7 @@ def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path, monkeypatc
         else:
             loads.append(name)
             assert not promoted
-            assert host._hosted[report.collection, 0].failures < 20, name
-        assert promoted < 600 / PROMOTION_PAUSE_S_MAX
+            assert host._hosted[report.collection, 0].failures < 10, name
         assert len(bucket.store.objects) < objects_before + 20, name
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)

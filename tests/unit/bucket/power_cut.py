@@ -63,12 +63,6 @@ class PowerCutFileSystem(PosixFileSystem):
         super().make_directory(path)
         self._step("make_directory", path)
 
-    def fsync_file(self, path: Path) -> None:
-        super().fsync_file(path)
-        source = self._entries[path]
-        self._synced[source] = self._written[source]
-        self._step("fsync_file", path)
-
     def fsync_directory(self, path: Path) -> None:
         super().fsync_directory(path)
         if "fsync_directory" not in self.forgotten:

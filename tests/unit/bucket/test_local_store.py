@@ -167,11 +167,24 @@ def test_existing_object_is_durable_before_the_loser_hears_of_it(tmp_path: Path)
 def test_make_durable_saves_what_another_process_left_unsynced(tmp_path: Path) -> None:
     root = tmp_path / "bucket"
     filesystem = PowerCutFileSystem()
-    filesystem.forgotten = frozenset({"fsync", "fsync_directory"})
+    # What a process leaves that dies between its link and its directory's fsync.
+    filesystem.forgotten = frozenset({"fsync_directory"})
     put(open_with(root, filesystem))
     filesystem.forgotten = frozenset()
+    assert filesystem.surely_there(root / KEY, root) is None
     asyncio.run(open_with(root, filesystem).make_durable("c/1/wal/"))
     assert filesystem.surely_there(root / KEY, root) == BODY
+
+
+def test_make_durable_syncs_directories_and_not_every_file(tmp_path: Path) -> None:
+    """A takeover calls it, and thousands of files wait for garbage collection in a log."""
+    filesystem = PowerCutFileSystem()
+    store = open_with(tmp_path / "bucket", filesystem)
+    for number in range(20):
+        put(store, f"c/1/wal/{number:04d}")
+    before = len(filesystem.trace)
+    asyncio.run(store.make_durable("c/1/wal/"))
+    assert [call for call, _ in filesystem.trace[before:]] == ["fsync_directory"] * 4
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
