@@ -1,4 +1,4 @@
-"""Where work that would hold up the event loop runs: threads in a server, inline in a simulation."""
+"""Where work that would hold up the loop runs: threads in a server, inline in a simulation."""
 
 import asyncio
 import contextlib
