@@ -33,7 +33,7 @@ from shoal_cluster.domain.errors import (
 )
 from shoal_cluster.domain.ids import CollectionId, IdGenerator, ServerId, ShardNumber
 from shoal_cluster.domain.keys import COLLECTIONS_PREFIX, ShardKeys
-from shoal_cluster.domain.observation import ServerReport
+from shoal_cluster.domain.observation import ReplicaState, ServerReport
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema, validate_schema
 from shoal_cluster.domain.schema_change import SchemaChange, apply_change
@@ -394,7 +394,24 @@ class ControlLoop:
                 reason=error.message,
             )
             return
-        self.wake()
+        if not self._is_reopening(command):
+            self.wake()
+
+    def _is_reopening(self, command: Command) -> bool:
+        """Says whether the replica had failed: its server decides when to try (shard/host.py).
+
+        A round at once would give the same command again, and again, as fast as links can carry it.
+        """
+        report = self.reports.get(command.server)
+        return (
+            isinstance(command, OpenReplica)
+            and report is not None
+            and any(
+                replica.state is ReplicaState.FAILED
+                for replica in report.replicas
+                if (replica.collection, replica.shard) == (command.schema.id, command.shard)
+            )
+        )
 
     def _publish(self) -> None:
         topology = topology_of(
