@@ -134,7 +134,9 @@ class AsyncConnection:
                 if upload.is_done:
                     break
                 try:
-                    reply = await asyncio.wait_for(replies.get(), upload.wait_s(time.monotonic()))
+                    # Not wait_for: Python 3.11's loses a cancellation that meets the reply.
+                    async with asyncio.timeout(upload.wait_s(time.monotonic())):
+                        reply = await replies.get()
                 except TimeoutError:
                     if upload.is_stalled(time.monotonic()):
                         return error_of_lost_call(STALLED, is_write=True)

@@ -31,7 +31,7 @@ from shoal_cluster.bucket.identity import open_identity
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.control.catalog import CatalogLog, Owner
 from shoal_cluster.domain.clock import SystemClock
-from shoal_cluster.domain.errors import Conflict, ShoalError, Unavailable
+from shoal_cluster.domain.errors import Conflict, InvalidRequest, ShoalError, Unavailable
 from shoal_cluster.domain.ids import ServerId, SystemIdGenerator, cluster_uuid_text
 from shoal_cluster.edge.server import EdgeServer, Services, start_server
 from shoal_cluster.ingest.execute import Writer
@@ -39,6 +39,7 @@ from shoal_cluster.query.execute import Searcher
 
 RAY_START_TIMEOUT_S = 90.0
 _RAY_POLL_S = 0.05
+RAY_CONNECT_TIMEOUT_S = 5.0
 READY_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 30.0
 _OBJECT_STORE_BYTES = 80 * 1024 * 1024
@@ -81,12 +82,8 @@ class RunningCluster:
 
 def running(name: str, state_directory: Path) -> RunningCluster | None:
     """Returns the cluster of that name if its state file is there and its Ray still lives."""
-    path = _state_file(name, state_directory)
-    try:
-        cluster = RunningCluster(**json.loads(path.read_text()))
-    except (FileNotFoundError, json.JSONDecodeError, TypeError):
-        return None
-    if cluster.ray_pid is not None and not _is_ray(cluster.ray_pid):
+    cluster = _read_state(_state_file(name, state_directory))
+    if cluster is None or (cluster.ray_pid is not None and not _is_ours(cluster)):
         return None
     return cluster
 
@@ -133,13 +130,19 @@ def up(options: UpOptions) -> RunningCluster:
             run_directory=str(run_directory),
             started_ms=SystemClock().wall_ms(),
         )
+        # Known before it runs: whatever happens next, `down` finds it.
+        _write_state(cluster, options.state_directory)
         cluster = _start_actors(options, cluster, cluster_uuid)
+        _write_state(cluster, options.state_directory)
     except BaseException:
         if ray_pid is not None:
             _stop_ray(ray_pid)
+        elif _state_file(options.name, options.state_directory).exists():
+            with contextlib.suppress(ShoalError):
+                _stop_actors(cluster)
         shutil.rmtree(run_directory, ignore_errors=True)
+        _state_file(options.name, options.state_directory).unlink(missing_ok=True)
         raise
-    _write_state(cluster, options.state_directory)
     options.on_step(f"serving at {cluster.grpc_address}")
     return cluster
 
@@ -147,16 +150,17 @@ def up(options: UpOptions) -> RunningCluster:
 def down(name: str, state_directory: Path, on_step: Callable[[str], None]) -> bool:
     """Stops a cluster and every process it started; False when none of that name was running."""
     path = _state_file(name, state_directory)
-    try:
-        cluster = RunningCluster(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    cluster = _read_state(path)
+    if cluster is None:
         return False
-    alive = cluster.ray_pid is None or _is_ray(cluster.ray_pid)
+    alive = cluster.ray_pid is None or _is_ours(cluster)
     if alive:
         on_step("stopping shard servers, coordinator and controller")
-        with contextlib.suppress(ShoalError):
+        try:
             _stop_actors(cluster)
-    if cluster.ray_pid is not None:
+        except ShoalError as error:
+            on_step(f"they could not be asked to stop: {error.message}")
+    if cluster.ray_pid is not None and _is_ours(cluster):
         on_step("stopping Ray")
         _stop_ray(cluster.ray_pid)
     _kill_leftovers(cluster)
@@ -167,13 +171,14 @@ def down(name: str, state_directory: Path, on_step: Callable[[str], None]) -> bo
 
 async def _inspect_bucket(bucket: str) -> tuple[bytes, Owner | None]:
     """Returns the bucket's cluster uuid and who claims to serve it; formats an empty bucket."""
-    store = open_store(bucket)
+    store, second = open_store(bucket), open_store(bucket)
     try:
         clock, ids = SystemClock(), SystemIdGenerator()
-        identity = await open_identity(store, open_store(bucket), clock=clock, ids=ids)
+        identity = await open_identity(store, second, clock=clock, ids=ids)
         catalog = await CatalogLog(store, clock, ids).read()
         return identity.cluster_uuid, catalog.owner
     finally:
+        await second.close()
         await store.close()
 
 
@@ -248,16 +253,26 @@ def _ray_environment() -> dict[str, str]:
 
 
 def _connect_ray(cluster: RunningCluster) -> None:
+    """Connects this process to the cluster's Ray. Raises: Unavailable when nobody answers."""
     import ray
 
-    ray.init(
-        address=cluster.ray_address,
-        namespace=cluster.namespace,
-        logging_level="error",
-        log_to_driver=False,
-        configure_logging=False,
-        _node_ip_address=_RAY_NODE_ADDRESS if cluster.ray_pid is not None else None,
-    )
+    host, _, port = cluster.ray_address.rpartition(":")
+    try:
+        # Ray itself would try for a minute and then fail with a page of text.
+        socket.create_connection((host, int(port)), timeout=RAY_CONNECT_TIMEOUT_S).close()
+        ray.init(
+            address=cluster.ray_address,
+            namespace=cluster.namespace,
+            logging_level="error",
+            log_to_driver=False,
+            configure_logging=False,
+            _node_ip_address=_RAY_NODE_ADDRESS if cluster.ray_pid is not None else None,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise Unavailable(
+            f"no Ray answers at {cluster.ray_address}: {reason}", field="ray_address"
+        ) from error
 
 
 def _start_actors(
@@ -279,7 +294,6 @@ def _start_actors(
         search_threads=max(1, os.cpu_count() or 1),
         grpc_host=options.grpc_host,
         grpc_port=options.grpc_port,
-        server_cpus=1.0,
     )
     _connect_ray(cluster)
     try:
@@ -361,11 +375,15 @@ def _kill_leftovers(cluster: RunningCluster) -> None:
                 process.kill()
 
 
-def _is_ray(pid: int) -> bool:
+def _is_ours(cluster: RunningCluster) -> bool:
+    """Says whether the recorded pid is still our `ray start`: pids are used again."""
+    if cluster.ray_pid is None:
+        return False
     try:
-        return "ray" in " ".join(psutil.Process(pid).cmdline())
+        command = psutil.Process(cluster.ray_pid).cmdline()
     except psutil.Error:
         return False
+    return any(cluster.run_directory in part for part in command)
 
 
 def _require_free_port(host: str, port: int) -> None:
@@ -393,6 +411,23 @@ def _absolute(bucket: str) -> str:
 
 def _state_file(name: str, state_directory: Path) -> Path:
     return state_directory / f"{name}.json"
+
+
+def _read_state(path: Path) -> RunningCluster | None:
+    """Returns what the state file says, or None when there is none.
+
+    Raises: InvalidRequest naming the file when it cannot be read.
+    """
+    try:
+        return RunningCluster(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise InvalidRequest(
+            f"state file {path} cannot be read ({error}); if no cluster of that name runs, "
+            "remove the file",
+            field="state_dir",
+        ) from error
 
 
 def _write_state(cluster: RunningCluster, state_directory: Path) -> None:

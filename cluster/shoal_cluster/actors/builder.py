@@ -62,7 +62,12 @@ class RayBuilds:
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
         ).remote(self._configuration, order.to_wire(), rows)
         try:
-            result = await asyncio.wait_for(reference, BUILD_TIMEOUT_S)
+            async with asyncio.timeout(BUILD_TIMEOUT_S):
+                result = await reference
+        except asyncio.CancelledError:
+            with contextlib.suppress(RayError):
+                ray.cancel(reference, force=True)  # nobody will commit what it builds
+            raise
         except TimeoutError as error:
             with contextlib.suppress(RayError):
                 ray.cancel(reference, force=True)

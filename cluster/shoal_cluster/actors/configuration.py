@@ -17,7 +17,7 @@ class ClusterConfiguration:
     node; short, because socket paths may have 107 bytes. link_host: None for Unix sockets (one
     node), else the interface to listen on, "" meaning the node's own address. secret: shared by all
     links of the cluster. servers: every shard server. grpc_host, grpc_port: where coordinators
-    listen; coordinators: how many. server_cpus: Ray's logical CPUs a server reserves.
+    listen; coordinators: how many.
     """
 
     cluster: str
@@ -31,7 +31,6 @@ class ClusterConfiguration:
     search_threads: int
     grpc_host: str
     grpc_port: int
-    server_cpus: float
 
     def actor_name(self, name: str) -> str:
         """Returns the name of an actor within Ray's namespace."""

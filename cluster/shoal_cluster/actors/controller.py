@@ -129,7 +129,8 @@ class RayServers:
                 name=configuration.actor_name(server),
                 namespace=NAMESPACE,
                 get_if_exists=True,
-                num_cpus=configuration.server_cpus,
+                # None reserved: searches and builds share the cores, and builds must find a slot.
+                num_cpus=0,
                 max_concurrency=1000,
                 scheduling_strategy="SPREAD",
                 runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
@@ -258,8 +259,19 @@ class Controller:
         ]
 
     async def _control(self) -> None:
-        await self._loop.claim()
-        await self._loop.run()
+        """Controls until the bucket is another cluster's; anything unexpected ends the process.
+
+        Ray starts it again then. A controller that only looks alive would be worse.
+        """
+        try:
+            await self._loop.claim()
+            await self._loop.run()
+            await self._servers.shutdown()
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # noqa: BLE001  the outermost loop of this process
+            _log.exception("control_loop_died")
+            os._exit(1)
 
     async def ready(self) -> str:
         """Returns the gRPC address once a coordinator serves and every server reported.
@@ -269,8 +281,6 @@ class Controller:
         while not self._audience.ready.is_set():
             if self._audience.failure is not None:
                 raise self._audience.failure
-            if self._tasks[0].done():
-                self._tasks[0].result()
             await asyncio.sleep(0.05)
         while len(self._loop.reports) < len(self._configuration.servers):
             await asyncio.sleep(0.05)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import ray
 import structlog
 from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError
 
 from shoal_cluster.actors.calls import bounded
 from shoal_cluster.actors.configuration import (
@@ -19,7 +20,7 @@ from shoal_cluster.actors.configuration import (
 from shoal_cluster.actors.process import make_pool
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
 from shoal_cluster.domain.clock import SystemClock
-from shoal_cluster.domain.errors import NotFound, Unavailable
+from shoal_cluster.domain.errors import Indeterminate, NotFound, Outcome, ShoalError, Unavailable
 from shoal_cluster.domain.ids import SystemIdGenerator
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
@@ -45,7 +46,7 @@ class ControllerClient:
         self, schema: CollectionSchema, name: RequestName, *, timeout_s: float
     ) -> CollectionSchema:
         created: CollectionSchema = await self._call(
-            "create_collection", schema, name, timeout_s=timeout_s
+            "create_collection", schema, name, timeout_s=timeout_s, on_lost=Outcome.MAYBE_APPLIED
         )
         await self._until_known(created, timeout_s)
         return created
@@ -54,7 +55,7 @@ class ControllerClient:
         self, change: SchemaChange, name: RequestName, *, timeout_s: float
     ) -> CollectionSchema:
         altered: CollectionSchema = await self._call(
-            "alter_collection", change, name, timeout_s=timeout_s
+            "alter_collection", change, name, timeout_s=timeout_s, on_lost=Outcome.MAYBE_APPLIED
         )
         await self._until_known(altered, timeout_s)
         return altered
@@ -63,7 +64,9 @@ class ControllerClient:
         self, collection: str, name: RequestName, *, timeout_s: float
     ) -> None:
         before = self._board.current().collections.get(collection)
-        await self._call("drop_collection", collection, name, timeout_s=timeout_s)
+        await self._call(
+            "drop_collection", collection, name, timeout_s=timeout_s, on_lost=Outcome.MAYBE_APPLIED
+        )
         if before is not None:
             await self._until(
                 lambda topology: _id_of(topology, collection) != before.schema.id, timeout_s
@@ -87,7 +90,13 @@ class ControllerClient:
         status: ClusterStatus = await self._call("status", timeout_s=timeout_s)
         return status
 
-    async def _call(self, method: str, *arguments: Any, timeout_s: float) -> Any:
+    async def _call(
+        self,
+        method: str,
+        *arguments: Any,
+        timeout_s: float,
+        on_lost: Outcome = Outcome.NOT_APPLIED,
+    ) -> Any:
         try:
             if self._handle is None:
                 # get_actor blocks on Ray's directory: off the loop, and only once.
@@ -99,7 +108,13 @@ class ControllerClient:
             raise Unavailable(
                 "the controller is not running; is the cluster going down?"
             ) from error
-        return await bounded(call, timeout_s, "the controller")
+        try:
+            return await bounded(call, timeout_s, "the controller", on_lost=on_lost)
+        except NotFound as error:
+            if isinstance(error.__cause__, ActorDiedError):
+                self._handle = None
+                raise Unavailable(error.message) from error
+            raise
 
     async def _until_known(self, schema: CollectionSchema, timeout_s: float) -> None:
         def known(topology: Topology) -> bool:
@@ -116,9 +131,9 @@ class ControllerClient:
         while not holds(topology):
             left_s = deadline_s - asyncio.get_running_loop().time()
             if left_s <= 0:
-                raise Unavailable(
+                raise Indeterminate(
                     "the catalog was changed, but this coordinator has not heard of it yet; "
-                    "try again"
+                    "send the same request again"
                 )
             topology = await self._board.newer_than(topology.version, left_s)
 
@@ -172,8 +187,8 @@ class Coordinator:
             self._server = asyncio.ensure_future(self._start())
         try:
             server = await asyncio.shield(self._server)
-        except BaseException:
-            self._server = None
+        except ShoalError:
+            self._server = None  # the next call tries again
             raise
         return self._incarnation, server.address, os.getpid(), self._started_ms
 

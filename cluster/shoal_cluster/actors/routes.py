@@ -22,7 +22,8 @@ class TopologyBoard:
 
     async def newer_than(self, version: int, timeout_s: float) -> Topology:
         deadline_s = asyncio.get_running_loop().time() + timeout_s
-        while self._current.version <= version:
+        # Not "<=": a restarted controller numbers its topologies from 1 again.
+        while self._current.version == version:
             left_s = deadline_s - asyncio.get_running_loop().time()
             if left_s <= 0:
                 break

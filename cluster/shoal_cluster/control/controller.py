@@ -28,6 +28,7 @@ from shoal_cluster.domain.errors import (
     AlreadyExists,
     Conflict,
     NotFound,
+    Outcome,
     ShoalError,
     Unavailable,
 )
@@ -42,6 +43,10 @@ from shoal_cluster.manifest.commit import Manifests
 
 _log = structlog.get_logger()
 
+CATALOG_REREAD_S = 5.0
+"""How long a controller may act on a catalog that another one has changed. Two live at once while
+one that froze has been replaced; without this the old one would for ever open what was dropped and
+close what was created."""
 ROUND_S = 0.3
 """Pause between rounds; a lost link starts a round at once."""
 SUSPECT_AFTER_S = 2.0
@@ -95,6 +100,10 @@ class _Promotion:
     ended_s: float | None = None
 
 
+class _Deposed(Conflict):
+    """Another cluster owns the bucket."""
+
+
 class ControlLoop:
     """The controller's work; `run` until `close`."""
 
@@ -123,9 +132,11 @@ class ControlLoop:
         self._busy: dict[tuple[type, ServerId, str, int], asyncio.Task[None]] = {}
         self._promotions: dict[tuple[CollectionId, ShardNumber], _Promotion] = {}
         self._changed = asyncio.Condition()
+        self._deleting: asyncio.Task[None] | None = None
         # Two updates side by side may end in the other order than they were committed in; the
         # earlier catalog would then stay in memory.
         self._updating = asyncio.Lock()
+        self._catalog_read_s = float("-inf")
         self.catalog = Catalog()
         self.reports: dict[ServerId, ServerReport] = {}
         self.topology = Topology(version=0, cluster_uuid=cluster_uuid)
@@ -135,10 +146,18 @@ class ControlLoop:
 
         Raises: Conflict, Unavailable.
         """
-        async with self._updating:
-            self.catalog = await self._catalog_log.update(
-                lambda catalog: replace(catalog, owner=self._owner)
-            )
+        delay_s = ROUND_S
+        while True:
+            try:
+                async with self._updating:
+                    self.catalog = await self._catalog_log.update(
+                        lambda catalog: replace(catalog, owner=self._owner)
+                    )
+                return
+            except Unavailable as error:
+                _log.warning("bucket_not_claimed", reason=error.message)
+            await self._clock.sleep(delay_s)
+            delay_s = min(2 * delay_s, CATALOG_REREAD_S)
 
     async def run(self) -> None:
         """Reconciles until cancelled, or until another cluster owns the bucket."""
@@ -147,6 +166,8 @@ class ControlLoop:
         finally:
             for asking in self._asking.values():
                 asking.cancel()
+            if self._deleting is not None:
+                self._deleting.cancel()
 
     async def _run(self) -> None:
         while True:
@@ -154,7 +175,11 @@ class ControlLoop:
             self._wake.clear()
             try:
                 await self._round()
-            except (Unavailable, Conflict) as error:
+            except _Deposed as error:
+                _log.error("bucket_taken_over", reason=error.message)
+                self._publish_nothing()
+                return
+            except ShoalError as error:
                 _log.warning("control_round_failed", reason=error.message)
             with contextlib.suppress(TimeoutError):
                 # Not wait_for: Python 3.11's loses a cancellation that meets the event.
@@ -185,11 +210,14 @@ class ControlLoop:
             await Manifests(self._store, keys, self._clock).create_first()
 
         def add(catalog: Catalog) -> Catalog:
+            if request in catalog.requests:
+                return catalog  # the same request, sent again, was faster
             self._refuse_duplicate(catalog, created)
             record = CollectionRecord(schema=created, assignment=())
             return place_all(catalog.with_record(record), self._servers.placed())
 
         await self._update(add, request)
+        created = _existing(self.catalog, created.name).schema
         await self._until_serving(created)
         return created
 
@@ -230,7 +258,9 @@ class ControlLoop:
         def owned(catalog: Catalog) -> Catalog:
             self._require_ownership(catalog)
             changed = change(catalog)
-            return changed if request is None else changed.with_request(request)
+            if request is None or request in changed.requests:
+                return changed
+            return changed.with_request(request)
 
         async with self._updating:
             self.catalog = await self._catalog_log.update(owned)
@@ -240,7 +270,7 @@ class ControlLoop:
     def _require_ownership(self, catalog: Catalog) -> None:
         owner = catalog.owner
         if owner is None or owner.incarnation != self._owner.incarnation:
-            raise Conflict(
+            raise _Deposed(
                 "another cluster has taken this bucket over "
                 f"({'nobody' if owner is None else owner.address}); this one must be shut down"
             )
@@ -277,7 +307,8 @@ class ControlLoop:
         except TimeoutError:
             raise Unavailable(
                 f"collection {schema.name!r} is in the catalog but not all of its shards serve "
-                f"after {READY_TIMEOUT_S:g} s; look at `shoal status`"
+                f"after {READY_TIMEOUT_S:g} s; look at `shoal status`",
+                outcome=Outcome.MAYBE_APPLIED,
             ) from None
 
     async def _round(self) -> None:
@@ -291,9 +322,21 @@ class ControlLoop:
         self._publish()
         async with self._changed:
             self._changed.notify_all()
-        await self._delete_dropped()
+        if self.catalog.dropped and (self._deleting is None or self._deleting.done()):
+            self._deleting = asyncio.ensure_future(self._delete_dropped())
+        for running in (key for key, task in list(self._busy.items()) if task.done()):
+            del self._busy[running]
 
     async def _refresh_catalog(self) -> Catalog:
+        now_s = self._clock.monotonic_s()
+        if now_s - self._catalog_read_s >= CATALOG_REREAD_S:
+            self._catalog_read_s = now_s
+            try:
+                async with self._updating:
+                    self.catalog = await self._catalog_log.read()
+                self._require_ownership(self.catalog)
+            except Unavailable as error:
+                _log.warning("catalog_not_reread", reason=error.message)
         placed = place_all(self.catalog, self._servers.placed())
         if placed != self.catalog:
             await self._update(lambda catalog: place_all(catalog, self._servers.placed()))
@@ -426,16 +469,25 @@ class ControlLoop:
         held = {
             replica.collection for report in self.reports.values() for replica in report.replicas
         }
-        for collection in self.catalog.dropped:
-            if collection in held:
-                continue
-            for entry in await self._store.list(f"{COLLECTIONS_PREFIX}{collection}/"):
-                await self._store.delete(entry.key)
-            await self._update(
-                lambda catalog, gone=collection: replace(
-                    catalog, dropped=tuple(name for name in catalog.dropped if name != gone)
+        try:
+            for collection in self.catalog.dropped:
+                if collection in held:
+                    continue
+                for entry in await self._store.list(f"{COLLECTIONS_PREFIX}{collection}/"):
+                    await self._store.delete(entry.key)
+                await self._update(
+                    lambda catalog, gone=collection: replace(
+                        catalog, dropped=tuple(name for name in catalog.dropped if name != gone)
+                    )
                 )
-            )
+        except ShoalError as error:
+            # The objects harm nobody; the next round tries again.
+            _log.warning("dropped_collection_not_deleted", reason=error.message)
+
+    def _publish_nothing(self) -> None:
+        """Tells coordinators that no server of ours serves any more."""
+        self.reports = {}
+        self._publish()
 
 
 def _pause_s(fruitless: int) -> float:

@@ -33,8 +33,6 @@ DELETE_BY_FILTER_MAX = 10_000
 WAL_RECORD_BYTES_MAX = 8 * MIB
 WAL_RECORD_OPS_MAX = 5000
 WAL_QUEUE_BYTES_MAX = 64 * MIB
-WAL_TAIL_BYTES_MAX = 64 * MIB
-"""Bounds takeover work: past this a seal is forced and writes wait for it."""
 WAL_REPLAY_WINDOW = 16
 
 # Memtable: searched exactly, so its size is a latency bound (8,192 × 384 floats: about 1 ms).

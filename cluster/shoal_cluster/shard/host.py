@@ -16,6 +16,7 @@ import structlog
 
 from shoal_cluster.domain.errors import (
     Corrupt,
+    Internal,
     InvalidRequest,
     NotPrimary,
     ShoalError,
@@ -121,7 +122,10 @@ class ShardHost:
             await hosted.replica.load()
             hosted.state = ReplicaState.READY
             hosted.failures = 0
-        except ShoalError as error:
+        except asyncio.CancelledError:
+            raise
+        except Exception as raised:  # noqa: BLE001  a bug must not leave it loading for ever
+            error = raised if isinstance(raised, ShoalError) else Internal(repr(raised))
             hosted.state = ReplicaState.FAILED
             hosted.reason = error.message
             if isinstance(error, Corrupt):
@@ -239,6 +243,10 @@ class ShardHost:
                 except Corrupt:
                     hosted.unfit = True
                     raise
+                if self._hosted.get(name) is not hosted or hosted.state is not ReplicaState.READY:
+                    # Closed or put in quarantine while we were taking over: nobody would ever stop
+                    # this primary. The epoch is burned; another replica takes the next.
+                    raise Unavailable(f"the replica of shard {name[1]} was closed meanwhile")
                 hosted.primary = Primary(replica, epoch, self._publisher_of(name))
                 hosted.primary.start()
             return epoch

@@ -208,6 +208,8 @@ class Replica:
                 f"the log of {self.keys.prefix} was collected up to slot {state.slot} and beyond "
                 "while it was replayed; a newer manifest is there to load"
             )
+        if state.schema is not self.schema:
+            state.alter(self.schema)  # altered while the log was replayed
         self.state = state
         self.manifest = manifest
 

@@ -79,8 +79,10 @@ class Findings:
         return "\n".join([*lines, f"{total} positions, {len(self.wrong)} wrong", *self.wrong[:20]])
 
 
-def class_of(key: str) -> str:
+def class_of(key: str, body: bytes) -> str:
     """Returns the class of an object: what a row of the table is about."""
+    if "/wal/" in key:
+        return "fence" if b"\xa4kind\xa5fence" in body else "log data"
     if "/seg/" in key:
         return key.rpartition("/")[2].partition("-")[0]
     if key.startswith(CATALOG_PREFIX):
@@ -88,7 +90,8 @@ def class_of(key: str) -> str:
     for part, name in (("/man/", "manifest"), ("/floor/", "manifest floor")):
         if part in key:
             return name
-    return "cluster" if key == CLUSTER_KEY else key
+    assert key == CLUSTER_KEY, key
+    return "cluster"
 
 
 def shown(replica: Replica) -> Shown:
@@ -169,11 +172,6 @@ class SmallBucket:
         scratch = scratch or self.folder / f"server-{self._scratches}"
         return Node(self.store, 10_000 + self._scratches, scratch, self.shard.network)
 
-    def class_of(self, key: str) -> str:
-        if "/wal/" not in key:
-            return class_of(key)
-        return "fence" if b"\xa4kind\xa5fence" in self.store.objects[key] else "log data"
-
 
 async def _unprobed(*_: object, **__: object) -> dict[str, Any]:
     return {"probed": False}
@@ -228,8 +226,8 @@ async def enumerate_flips(bucket: SmallBucket, *, stride: int) -> Findings:
     findings = Findings()
     running = await bucket.node().load()
     for key in bucket.objects():
-        name = bucket.class_of(key)
         sound = bucket.store.objects[key]
+        name = class_of(key, sound)
         for at in range(len(key) % stride, len(sound), stride):
             bit = (5 * at + 3) % 8
             bucket.store.objects[key] = flip(sound, at, bit)

@@ -263,7 +263,7 @@ class FakeCollection:
         return self.search_batch(vector[None], k=k)[0]
 
     def search_batch(
-        self, vectors: Any, *, k: int, filter: shoal.Filter | None = None, with_payload: bool = True
+        self, vectors: Any, *, k: int, filter: shoal.Filter | None = None, **_: Any
     ) -> list[FakeFound]:
         self._client._enter("search")
         ids, stacked = self._matching(filter)
