@@ -9,7 +9,8 @@ MAKEFLAGS += --no-print-directory
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
-SEEDS ?= 2000
+SEEDS ?=
+SCHEDULES ?= 2000
 MINUTES ?= 30
 
 # The first interpreter on PATH that is new enough.
@@ -53,7 +54,8 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 comma := ,
 
 demo: $(CLUSTER) ## load real documents, search them, kill a shard server, restart, say what was measured
-	@$(BIN)/shoal demo
+	@mkdir -p build
+	@$(BIN)/shoal demo --json-file build/demo.json
 
 test: $(DEV) ## run the tests; PYTEST_ARGS=... goes to pytest
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -68,8 +70,9 @@ check: $(DEV) ## lint, types, import layers, protos
 	@$(MAKE) protos-current
 	@echo "check: lint, format, types, layers and protos are clean"
 
-simulate: $(DEV) ## model-check the durable protocol; SEEDS=N schedules for each variant
-	@$(BIN)/python -m tests.model.run --seeds $(SEEDS)
+simulate: $(DEV) ## model-check the protocol, then simulate the real code: 10 minutes, or SEEDS=0..99
+	@$(BIN)/python -m tests.model.run --seeds $(SCHEDULES)
+	@$(BIN)/python -m tests.simulation.run $(if $(SEEDS),--seeds $(SEEDS),--seconds 600 --jobs 2)
 
 chaos: $(DEV) ## kill, stop and starve a real cluster, then check its history
 	@$(BIN)/python -m chaos.run

@@ -17,7 +17,8 @@ import shoal
 from chaos import cluster as clusters
 from shoal_cluster import bootstrap
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+# A start and a stop take 30 s on two idle cores, and longer where other tests run beside them.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 110

@@ -22,7 +22,7 @@ from shoal_cluster.actors.configuration import (
     NAMESPACE,
     ClusterConfiguration,
 )
-from shoal_cluster.actors.coordinator import Coordinator, StartEdge
+from shoal_cluster.actors.coordinator import Coordinator, CoordinatorReport, StartEdge
 from shoal_cluster.actors.process import make_pool
 from shoal_cluster.actors.shard_server import REPORT, ShardServer
 from shoal_cluster.actors.status import cluster_status
@@ -169,9 +169,7 @@ class CoordinatorAudience:
         self._sent: tuple[str, int] | None = None
         self._handle: ActorHandle[Any] | None = None
         self._changed = asyncio.Event()
-        self.address = ""
-        self.pid = 0
-        self.started_ms = 0
+        self.report = CoordinatorReport()
         self.failure: ShoalError | None = None
         self.ready = asyncio.Event()
 
@@ -200,10 +198,8 @@ class CoordinatorAudience:
 
     async def _round(self) -> None:
         handle = self._coordinator()
-        incarnation, address, pid, started_ms = await bounded(
-            handle.describe.remote(), DESCRIBE_TIMEOUT_S, COORDINATOR
-        )
-        self.address, self.pid, self.started_ms = address, pid, started_ms
+        self.report = await bounded(handle.describe.remote(), DESCRIBE_TIMEOUT_S, COORDINATOR)
+        incarnation = self.report.incarnation
         topology = self._topology
         if topology is not None and self._sent != (incarnation, topology.version):
             await bounded(
@@ -284,7 +280,7 @@ class Controller:
             await asyncio.sleep(0.05)
         while len(self._loop.reports) < len(self._configuration.servers):
             await asyncio.sleep(0.05)
-        return self._audience.address
+        return self._audience.report.address
 
     async def create_collection(
         self, schema: CollectionSchema, request: RequestName
@@ -306,7 +302,7 @@ class Controller:
             controller_pid=os.getpid(),
             controller_memory_bytes=psutil.Process().memory_info().rss,
             controller_started_ms=self._started_ms,
-            coordinator=(self._audience.address, self._audience.pid, self._audience.started_ms),
+            coordinator=self._audience.report,
             now_ms=self._clock.wall_ms(),
         )
 

@@ -3,8 +3,9 @@
 import asyncio
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import psutil
 import ray
 import structlog
 from ray.actor import ActorHandle
@@ -143,6 +144,16 @@ def _id_of(topology: Topology, name: str) -> str | None:
     return None if place is None else place.schema.id
 
 
+class CoordinatorReport(NamedTuple):
+    """address: of its gRPC server. started_ms: since 1970-01-01 UTC."""
+
+    incarnation: str = ""
+    address: str = ""
+    pid: int = 0
+    memory_bytes: int = 0
+    started_ms: int = 0
+
+
 class RunningEdge(Protocol):
     """The gRPC server of this process; edge/server.py EdgeServer."""
 
@@ -178,8 +189,8 @@ class Coordinator:
         self._pool = make_pool(configuration, COORDINATOR)
         self._server: asyncio.Task[RunningEdge] | None = None
 
-    async def describe(self) -> tuple[str, str, int, int]:
-        """Returns incarnation, gRPC address, pid and start (ms), once the server listens.
+    async def describe(self) -> CoordinatorReport:
+        """Returns who this process is, once its server listens.
 
         Raises: Conflict when the port is in use.
         """
@@ -190,7 +201,13 @@ class Coordinator:
         except ShoalError:
             self._server = None  # the next call tries again
             raise
-        return self._incarnation, server.address, os.getpid(), self._started_ms
+        return CoordinatorReport(
+            incarnation=self._incarnation,
+            address=server.address,
+            pid=os.getpid(),
+            memory_bytes=psutil.Process().memory_info().rss,
+            started_ms=self._started_ms,
+        )
 
     async def post_topology(self, topology: dict[str, Any]) -> None:
         self._board.post(Topology.from_wire(topology))

@@ -27,7 +27,7 @@ from shoal_cluster.domain.ids import (
     Slot,
     SystemIdGenerator,
 )
-from shoal_cluster.domain.observation import ServerReport
+from shoal_cluster.domain.observation import MachineReport, ServerReport
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.messages import Reply, Request
@@ -170,6 +170,15 @@ class ShardServer:
         self._host.wake((collection, shard))
         return Reply()
 
+    def _machine(self) -> MachineReport:
+        memory = psutil.virtual_memory()
+        return MachineReport(
+            address=ray.util.get_node_ip_address(),
+            cpus=os.cpu_count() or 0,
+            memory_bytes=memory.total,
+            memory_used_bytes=memory.total - memory.available,
+        )
+
     def _report(self, request: Request) -> Reply:
         report = ServerReport(
             server=self._server,
@@ -184,6 +193,7 @@ class ShardServer:
                 f"{collection}/{shard}": tuple(feed.addresses)
                 for (collection, shard), feed in self._feeds.items()
             },
+            machine=self._machine(),
         )
         return Reply(report.to_wire())
 

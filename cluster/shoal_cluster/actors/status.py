@@ -2,6 +2,7 @@
 
 from shoal_cluster import __version__
 from shoal_cluster.actors.configuration import ClusterConfiguration
+from shoal_cluster.actors.coordinator import CoordinatorReport
 from shoal_cluster.control.catalog import CollectionRecord
 from shoal_cluster.control.controller import ControlLoop
 from shoal_cluster.domain.ids import ServerId, ShardNumber, cluster_uuid_text
@@ -30,14 +31,13 @@ def cluster_status(
     controller_pid: int,
     controller_memory_bytes: int,
     controller_started_ms: int,
-    coordinator: tuple[str, int, int],
+    coordinator: CoordinatorReport,
     now_ms: int,
 ) -> ClusterStatus:
     """Returns the cluster as last observed."""
     reports = loop.reports
-    nodes = sorted({report.node for report in reports.values()})
-    home = nodes[0] if nodes else ""
-    address, coordinator_pid, coordinator_started_ms = coordinator
+    nodes = {report.node: report.machine for report in reports.values()}
+    home = min(nodes, default="")
     actors = [
         ActorStatus(
             id="controller",
@@ -51,11 +51,12 @@ def cluster_status(
         ActorStatus(
             id="coordinator",
             kind="coordinator",
-            pid=coordinator_pid,
+            pid=coordinator.pid,
             node=home,
             state="ready",
-            address=address,
-            uptime_ms=now_ms - coordinator_started_ms,
+            memory_bytes=coordinator.memory_bytes,
+            address=coordinator.address,
+            uptime_ms=now_ms - coordinator.started_ms,
         ),
     ]
     for server in configuration.servers:
@@ -80,9 +81,19 @@ def cluster_status(
     return ClusterStatus(
         version=__version__,
         cluster_uuid=cluster_uuid_text(configuration.cluster_uuid),
-        uptime_ms=now_ms - coordinator_started_ms,
+        uptime_ms=now_ms - coordinator.started_ms,
         bucket=configuration.bucket,
-        nodes=tuple(NodeStatus(id=node, address=node[:12], state="alive") for node in nodes),
+        nodes=tuple(
+            NodeStatus(
+                id=node,
+                address=machine.address,
+                state="alive",
+                cpus=machine.cpus,
+                memory_bytes=machine.memory_bytes,
+                memory_used_bytes=machine.memory_used_bytes,
+            )
+            for node, machine in sorted(nodes.items())
+        ),
         actors=tuple(actors),
         collections=tuple(
             _collection_status(record, loop)

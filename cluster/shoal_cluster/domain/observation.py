@@ -60,6 +60,16 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MachineReport:
+    """The machine a server runs on. address: as Ray knows it; "" where nobody asked."""
+
+    address: str = ""
+    cpus: int = 0
+    memory_bytes: int = 0
+    memory_used_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerReport:
     """One shard server. incarnation changes with every process that carries the server's name.
 
@@ -75,6 +85,7 @@ class ServerReport:
     started_ms: int
     replicas: tuple[ReplicaReport, ...]
     followers: Mapping[str, tuple[str, ...]]
+    machine: MachineReport = MachineReport()
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -87,6 +98,7 @@ class ServerReport:
             "started_ms": self.started_ms,
             "replicas": [replica.to_wire() for replica in self.replicas],
             "followers": {shard: list(to) for shard, to in self.followers.items()},
+            "machine": asdict(self.machine),
         }
 
     @staticmethod
@@ -101,4 +113,5 @@ class ServerReport:
             started_ms=fields["started_ms"],
             replicas=tuple(ReplicaReport.from_wire(entry) for entry in fields["replicas"]),
             followers={shard: tuple(to) for shard, to in fields["followers"].items()},
+            machine=MachineReport(**fields["machine"]),
         )

@@ -137,6 +137,7 @@ class FaultyProxy:
                 (name, value)
                 for name, value in answer.getheaders()
                 if name.lower() not in _HOP_HEADERS
+                or (method == "HEAD" and name.lower() == "content-length")
             )
             return _Answer(status=answer.status, headers=kept, body=answer.read())
         finally:
@@ -175,8 +176,6 @@ def faulty_proxy(host: str, port: int, seed: int) -> Iterator[FaultyProxy]:
                 case Misfortune.REQUEST_LOST:
                     self.close_connection = True
 
-        do_GET = do_PUT = do_DELETE = do_HEAD = do_POST = _handle
-
         def _refuse(self, status: int, code: bytes) -> None:
             self._answer(_Answer(status=status, body=b"<Error><Code>" + code + b"</Code></Error>"))
 
@@ -184,14 +183,17 @@ def faulty_proxy(host: str, port: int, seed: int) -> Iterator[FaultyProxy]:
             self.send_response_only(answer.status)
             for name, value in answer.headers:
                 self.send_header(name, value)
-            # Of a HEAD the server's own length is wanted, which is not that of what we read.
-            self.send_header("Content-Length", str(len(answer.body)))
+            if self.command != "HEAD":  # its length is the server's, not that of what came
+                self.send_header("Content-Length", str(len(answer.body)))
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(answer.body)
 
         def log_message(self, *_: object) -> None:
             return None
+
+    for method in ("GET", "PUT", "DELETE", "HEAD", "POST"):
+        setattr(Handler, f"do_{method}", Handler._handle)
 
     class Server(ThreadingHTTPServer):
         daemon_threads = True

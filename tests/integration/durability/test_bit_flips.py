@@ -13,7 +13,7 @@ import xxhash
 from shoal_cluster.bucket import envelope
 from shoal_cluster.bucket.local import LocalStore
 from shoal_cluster.control.catalog import CatalogLog, Owner
-from shoal_cluster.control.controller import ControlLoop
+from shoal_cluster.control.controller import PROMOTION_PAUSE_S_MAX, ControlLoop
 from shoal_cluster.control.reconcile import CloseReplica, Command, OpenReplica, Promote
 from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.domain.ids import ServerId
@@ -31,7 +31,7 @@ from tests.integration.durability.flips import (
     shown,
 )
 from tests.unit.shard.in_place import flip
-from tests.unit.shard.nodes import LoopClock, SeededIds, run
+from tests.unit.shard.nodes import KEYS, SCHEMA, SHARD, LoopClock, SeededIds, run
 
 STRIDE = 61
 CLASSES = {
@@ -41,6 +41,8 @@ CLASSES = {
 SERVER = ServerId("server-1")
 WHILE_S = 90.0
 """In virtual time: without a pause a controller would open a damaged replica 300 times in it."""
+ROUNDS_MAX = 1000
+"""Three rounds a second, and some that a change begins at once."""
 
 
 @pytest.fixture(autouse=True)
@@ -108,11 +110,14 @@ class OneServer:
     def __init__(self, host: ShardHost) -> None:
         self.host = host
         self.commands: list[Command] = []
+        self.rounds = 0
 
     def placed(self) -> Mapping[ServerId, str]:
         return {SERVER: "node-1"}
 
     async def report(self, server: ServerId) -> ServerReport:
+        self.rounds += 1
+        assert self.rounds < ROUNDS_MAX, "the controller goes round without a pause"
         return ServerReport(
             server=server,
             incarnation="only",
@@ -136,6 +141,22 @@ class OneServer:
 
     def publish(self, _: object) -> None:
         return None
+
+    def given(self, kind: type[Command]) -> int:
+        """Returns how many commands of a kind were given."""
+        return sum(isinstance(command, kind) for command in self.commands)
+
+
+def control_of(bucket: SmallBucket, servers: OneServer) -> ControlLoop:
+    return ControlLoop(
+        store=bucket.store,
+        clock=LoopClock(),
+        ids=SeededIds(3),
+        servers=servers,
+        audience=servers,
+        cluster_uuid=bytes(16),
+        owner=Owner(incarnation="me", address="here", since_ms=0),
+    )
 
 
 def one_key_of_each_class(objects: Mapping[str, bytes]) -> dict[str, str]:
@@ -161,20 +182,11 @@ def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path):
         bucket.close()
 
     async def a_while(bucket: SmallBucket, name: str) -> None:
-        clock = LoopClock()
         objects_before = len(bucket.store.objects)
         host = ShardHost(bucket.node().ports, lambda _: bucket.shard.network)
         host.start_scrubbing()
         servers = OneServer(host)
-        control = ControlLoop(
-            store=bucket.store,
-            clock=clock,
-            ids=SeededIds(3),
-            servers=servers,
-            audience=servers,
-            cluster_uuid=bytes(16),
-            owner=Owner(incarnation="me", address="here", since_ms=0),
-        )
+        control = control_of(bucket, servers)
         try:
             await control.claim()
         except ShoalError:
@@ -183,8 +195,8 @@ def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path):
             return
         running = asyncio.ensure_future(control.run())
         await asyncio.sleep(WHILE_S)
-        opened = sum(isinstance(command, OpenReplica) for command in servers.commands)
-        promoted = sum(isinstance(command, Promote) for command in servers.commands)
+        assert not running.done(), running.exception()
+        opened, promoted = servers.given(OpenReplica), servers.given(Promote)
         (report,) = host.reports()
         if report.state is ReplicaState.READY:
             assert (
@@ -205,6 +217,49 @@ def test_damage_of_no_class_sends_a_server_round_in_circles(tmp_path):
     # Only what holds rows, and the newest record of what was acknowledged, keeps a shard down.
     assert {"vectors", "ids", "payload", "manifest", "log data"} <= set(loads)
     assert not {"codes", "attributes", "meta"} & set(loads)
+
+
+@pytest.mark.parametrize("what", ["manifest", "log"])
+def test_a_takeover_that_meets_damage_is_tried_seldom_and_leaves_nothing_behind(tmp_path, what):
+    """Each attempt would cost a manifest or, worse, a fence, and those are for ever."""
+
+    async def scenario() -> None:
+        bucket = await SmallBucket(tmp_path).build()
+        objects = bucket.store.objects
+        if what == "manifest":
+            key = max(key for key in objects if key.startswith(KEYS.manifests))
+        else:
+            # A record that this replica has not applied yet.
+            key = max(key for key in objects if key.startswith(KEYS.wal))
+            last = objects.pop(key)
+        host = ShardHost(bucket.node().ports, lambda _: bucket.shard.network)
+        host.open(SCHEMA, SHARD)
+        while host.reports()[0].state is ReplicaState.LOADING:
+            await asyncio.sleep(0.01)
+        if what == "log":
+            objects[key] = last
+        sound = objects[key]
+        objects[key] = flip(sound, len(sound) // 2)
+        before = len(objects)
+        servers = OneServer(host)
+        control = control_of(bucket, servers)
+        await control.claim()
+        running = asyncio.ensure_future(control.run())
+        await asyncio.sleep(WHILE_S)
+        assert not running.done(), running.exception()
+        assert 5 < servers.given(Promote) < 2 * WHILE_S / PROMOTION_PAUSE_S_MAX
+        assert not host.reports()[0].leads
+        # The owner's catalog version and, of the log's damage, one claim.
+        assert len(objects) <= before + 2
+        objects[key] = sound
+        await asyncio.sleep(2 * PROMOTION_PAUSE_S_MAX)
+        assert host.reports()[0].leads
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await host.close_all()
+        bucket.close()
+
+    run(scenario())
 
 
 def test_a_directory_is_no_exception(tmp_path):
