@@ -29,8 +29,8 @@ SERVERS, SHARDS, REPLICAS = 2, 2, 2
 SAMPLES: Final = 120
 SAMPLE_S_MIN: Final = 5.0
 JUDGED_MINUTES_MIN: Final = 10.0
-"""What waits to be deleted follows the pace of the last minute, and that the machine's other work: a
-shorter run shows a trend where there is none."""
+"""What waits to be deleted follows the pace of the last minute, and that the machine's other work:
+a shorter run shows a trend where there is none."""
 
 WARM_UP_SHARE: Final = 0.3
 WARM_UP_S_MIN: Final = 120.0

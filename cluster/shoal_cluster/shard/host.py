@@ -187,8 +187,9 @@ class ShardHost:
         try:
             yield
         except Corrupt as error:
+            in_place = self._ports.store.local_path(hosted.replica.keys.slot(Slot(1))) is not None
             damage = Damage(
-                part=Part.ROWS, key="", reason=error.message, served=True, fetched=False
+                part=Part.ROWS, key="", reason=error.message, served=True, fetched=not in_place
             )
             self._quarantine(name, hosted, damage)
         if hosted.state is not ReplicaState.READY:
