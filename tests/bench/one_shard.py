@@ -210,6 +210,8 @@ async def shard_process(
         clock=clock,
         ids=SystemIdGenerator(),
         compute=compute,
+        search_workers=_THREADS,
+        background=compute,
         files=SegmentFiles(store, scratch / "cache", compute),
         builds=builds or LocalBuilds(store, scratch, clock, compute),
         cluster_uuid=CLUSTER_UUID,

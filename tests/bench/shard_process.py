@@ -59,6 +59,8 @@ async def serve(bucket: str, collection: CollectionId, listen: str, secret: byte
             clock=clock,
             ids=ids,
             compute=compute,
+            search_workers=SEARCH_THREADS,
+            background=compute,
             files=SegmentFiles(store, scratch / "cache", compute),
             builds=LocalBuilds(store, scratch, clock, compute),
             cluster_uuid=identity.cluster_uuid,

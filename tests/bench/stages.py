@@ -25,7 +25,7 @@ STAGES: Final = (
     ("plan", "coordinator: checks, unit length, which shards"),
     ("link", "coordinator to shard and back: choice of replica, frames, sockets, both loops"),
     ("wait", "shard: until the replica is fresh enough"),
-    ("prepare", "shard: snapshot of segments and memtables"),
+    ("queue", "shard: until a worker is free"),
     ("search", "shard: FAISS in every segment, rescoring, merging; handing over to a thread"),
     ("fetch", "shard: payloads and vectors of the hits"),
     ("merge", "coordinator: global top k"),
@@ -35,7 +35,7 @@ STAGES: Final = (
 """In the order of the path."""
 
 _COORDINATOR: Final = ("decode", "plan", "scatter", "merge", "encode")
-_SHARD: Final = ("wait", "prepare", "search", "fetch")
+_SHARD: Final = ("wait", "queue", "search", "fetch")
 
 
 class StagedSearch:

@@ -98,6 +98,8 @@ class SimulatedServer:
             clock=machine.clock,
             ids=machine.ids,
             compute=compute,
+            search_workers=2,
+            background=compute,
             files=SegmentFiles(machine.store, scratch / "cache", compute),
             builds=LocalBuilds(machine.store, scratch, machine.clock, compute),
             cluster_uuid=CLUSTER_UUID,

@@ -66,14 +66,16 @@ class ShardServer:
         scratch = run_directory / "servers" / self._server
         scratch.mkdir(parents=True, exist_ok=True)
         store = open_store(configuration.bucket)
-        compute = ThreadCompute(configuration.search_threads)
+        background = ThreadCompute(1)
         self._pool = make_pool(configuration, self._server)
         ports = ShardPorts(
             store=store,
             clock=self._clock,
             ids=self._ids,
-            compute=compute,
-            files=SegmentFiles(store, scratch / "cache", compute),
+            compute=ThreadCompute(configuration.search_threads),
+            search_workers=configuration.search_threads,
+            background=background,
+            files=SegmentFiles(store, scratch / "cache", background),
             builds=RayBuilds(configuration),
             cluster_uuid=configuration.cluster_uuid,
         )

@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 class Compute(Protocol):
-    async def run(self, work: Callable[[], T]) -> T:
-        """Runs `work` to its end and returns or raises what it does."""
+    def run(self, work: Callable[[], T]) -> "asyncio.Future[T]":
+        """Runs `work` to its end; the future has what it returns or raises."""
         ...
 
 
@@ -38,11 +38,11 @@ class ThreadCompute:
         for thread in self._threads:
             thread.start()
 
-    async def run(self, work: Callable[[], T]) -> T:
+    def run(self, work: Callable[[], T]) -> "asyncio.Future[T]":
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._jobs.put(_Job(work, future, loop))
-        return await future
+        return future
 
     def close(self) -> None:
         """Lets the threads end once the work queued so far is done."""
@@ -75,5 +75,10 @@ def _settle(future: "asyncio.Future[Any]", result: Any, error: BaseException | N
 class InlineCompute:
     """Runs work at once, in the caller: deterministic."""
 
-    async def run(self, work: Callable[[], T]) -> T:
-        return work()
+    def run(self, work: Callable[[], T]) -> "asyncio.Future[T]":
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        try:
+            future.set_result(work())
+        except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the work
+            future.set_exception(error)
+        return future

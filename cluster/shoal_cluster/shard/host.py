@@ -45,14 +45,11 @@ from shoal_cluster.shard.ports import Publisher, ShardPorts
 from shoal_cluster.shard.primary import Primary
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.scrubbing import Scrubber
+from shoal_cluster.shard.search_queue import SearchQueue
 from shoal_cluster.shard.state import Snapshot
 from shoal_cluster.shard.takeover import take_over
 
 _log = structlog.get_logger()
-
-INLINE_ROWS_MAX = 4096
-"""Rows × queries below which a search runs on the loop: handing it to a thread costs 50–100 µs,
-about what scanning so many rows does."""
 
 REOPEN_S_MIN = 1.0
 REOPEN_S_MAX = 60.0
@@ -92,6 +89,7 @@ class ShardHost:
         self._hosted: dict[ShardName, _Hosted] = {}
         self.scrubber = Scrubber(ports, self._serving, self.treat)
         self._scrubbing: asyncio.Task[None] | None = None
+        self._queue = SearchQueue(ports.compute, ports.clock, ports.search_workers)
         self.searches = 0
 
     def start_scrubbing(self) -> None:
@@ -287,17 +285,10 @@ class ShardHost:
             explain=call.explain,
         )
         waited_s = clock.monotonic_s()
-        # Both at one moment: what the reply claims to reflect is what is searched.
-        as_of = replica.as_of()
-        prepared = search.prepare(replica.state, order)
-        prepared_s = clock.monotonic_s()
-        if prepared.rows_considered <= INLINE_ROWS_MAX:
-            hits = search.execute(prepared, schema.metric)
-        else:
-            hits = await self._ports.compute.run(lambda: search.execute(prepared, schema.metric))
+        hits, prepared, as_of, begun_s = await self._queue.search(replica, order)
+        found_s = clock.monotonic_s()
         self.searches += len(order.queries)
         snapshot = prepared.snapshot
-        found_s = clock.monotonic_s()
         tails = rows.tails_of(snapshot, hits.places) if call.with_payload else None
         vectors = b""
         if call.with_vector:
@@ -307,8 +298,8 @@ class ShardHost:
             explain = hits.explain
             explain["stages_us"] = {
                 "wait": round((waited_s - started_s) * 1e6),
-                "prepare": round((prepared_s - waited_s) * 1e6),
-                "search": round((found_s - prepared_s) * 1e6),
+                "queue": round((begun_s - waited_s) * 1e6),
+                "search": round((found_s - begun_s) * 1e6),
                 "fetch": round((clock.monotonic_s() - found_s) * 1e6),
             }
         reply = SearchReply(

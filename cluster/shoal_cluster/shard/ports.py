@@ -25,10 +25,15 @@ class Publisher(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShardPorts:
+    """compute: where searches run, search_workers of them at once. background: where work runs that
+    searches must not wait for."""
+
     store: Store
     clock: Clock
     ids: IdGenerator
     compute: Compute
+    search_workers: int
+    background: Compute
     files: SegmentFiles
     builds: Builds
     cluster_uuid: bytes

@@ -283,7 +283,7 @@ class Scrubber:
         pieces = _pieces(path)
         try:
             advance = functools.partial(_hash_next, pieces, digest)
-            while piece_bytes := await self._ports.compute.run(advance):
+            while piece_bytes := await self._ports.background.run(advance):
                 size_bytes += piece_bytes
                 await self._pace(piece_bytes)
         except FileNotFoundError:

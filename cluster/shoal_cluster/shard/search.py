@@ -69,6 +69,17 @@ class ShardHits:
     """Where each hit is (rows.py), to fetch tails and vectors of the winners."""
     explain: dict[str, Any] = field(default_factory=dict)
 
+    def part(self, counts: list[int], start: int) -> "ShardHits":
+        """Returns the hits of some queries in a row: `counts` of each, from hit `start` on."""
+        end = start + sum(counts)
+        return ShardHits(
+            counts=counts,
+            ids=self.ids[start:end],
+            keys=self.keys[start:end],
+            seqs=self.seqs[start:end],
+            places=self.places[start:end],
+        )
+
 
 class _Part(NamedTuple):
     """What one segment or memtable found: keys and rows are (nq, m), padded with rows < 0."""

@@ -138,6 +138,8 @@ class Node:
             clock=clock,
             ids=SeededIds(seed),
             compute=compute,
+            search_workers=2,
+            background=compute,
             files=SegmentFiles(store, scratch / "cache", compute),
             builds=LocalBuilds(store, scratch, clock, compute),
             cluster_uuid=CLUSTER_UUID,

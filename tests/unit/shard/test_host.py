@@ -78,7 +78,7 @@ def test_calls_travel_as_messages_and_are_answered(tmp_path):
         assert found.tails == [tail(size=1), tail(size=2)]
         assert np.frombuffer(body, np.float32).tolist() == [1.0] * 4 + [2.0] * 4
         assert found.as_of.position == Position(1, 3)
-        assert set(found.explain["stages_us"]) == {"wait", "prepare", "search", "fetch"}
+        assert set(found.explain["stages_us"]) == {"wait", "queue", "search", "fetch"}
 
         got, _ = await host.get(GetCall(collection=SCHEMA.id, shard=SHARD, ids=ids(["c", "x"])))
         assert RowsReply.from_wire(got.to_wire()).ids == [b"c"]
@@ -182,14 +182,17 @@ def test_a_search_in_a_thread_claims_only_what_it_saw(tmp_path, monkeypatch):
     async def scenario():
         host = await led(tmp_path)
         await host.write(upsert(1, {"a": 1}))
-        monkeypatch.setattr("shoal_cluster.shard.host.INLINE_ROWS_MAX", 0)
+        monkeypatch.setattr("shoal_cluster.shard.search_queue.INLINE_ROWS_MAX", 0)
 
         class Slow:
-            async def run(self, work):
+            def run(self, work):
+                return asyncio.ensure_future(self.work_late(work))
+
+            async def work_late(self, work):
                 await host.write(upsert(2, {"b": 1}))  # lands while the search is under way
                 return work()
 
-        monkeypatch.setattr(host, "_ports", replace(host._ports, compute=Slow()))
+        monkeypatch.setattr(host._queue, "_compute", Slow())
         reply, _ = await host.search(
             SearchCall(collection=SCHEMA.id, shard=SHARD, k=9), vector(1).tobytes()
         )
