@@ -26,6 +26,7 @@ import uvloop
 from shoal_cluster.domain.errors import Outcome
 from shoal_cluster.links.address import LinkAddress, parse_address, tcp_endpoint, unix_path
 from shoal_cluster.links.connection import Link, connect
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Reply, Request
 
@@ -80,7 +81,7 @@ async def serve(address: LinkAddress) -> None:
     else:
         server = await loop.create_server(RawEcho, "127.0.0.1", 0)
         raw = f"tcp:127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    listener = Listener({"echo": echo, "echo_in_task": echo_in_task}, SECRET)
+    listener = Listener({"echo": echo, "echo_in_task": echo_in_task}, shared_secret(SECRET))
     print(await listener.listen(address), raw, flush=True)
     await asyncio.Event().wait()
 

@@ -21,6 +21,7 @@ from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.ids import CollectionId, Slot, SystemIdGenerator
 from shoal_cluster.domain.observation import ReplicaState
 from shoal_cluster.links.address import parse_address
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Reply, Request
 from shoal_cluster.shard.building import LocalBuilds
@@ -77,7 +78,7 @@ async def serve(bucket: str, collection: CollectionId, listen: str, secret: byte
             reply, vectors = await host.search(call, request.body)
             return Reply(reply.to_wire(), vectors)
 
-        listener = Listener({SearchCall.METHOD: search}, secret)
+        listener = Listener({SearchCall.METHOD: search}, shared_secret(secret))
         print(await listener.listen(parse_address(listen)), report.segments, flush=True)
         await asyncio.to_thread(sys.stdin.read)
         await listener.close(drain_s=1.0)

@@ -17,6 +17,7 @@ from shoal_cluster.domain.observation import ServerReport
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.links.address import LinkAddress, parse_address
 from shoal_cluster.links.connection import connect
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Handler, Reply, Request
 from shoal_cluster.links.pool import LinkPool
@@ -119,7 +120,11 @@ class SimulatedServer:
             REPORT: self._report,
         }
         listener = Listener(
-            serving, SECRET, clock=machine.clock, ids=machine.ids, network=machine.network
+            serving,
+            shared_secret(SECRET),
+            clock=machine.clock,
+            ids=machine.ids,
+            network=machine.network,
         )
         self.address = await listener.listen(parse_address(f"memory:{machine.name}"))
 

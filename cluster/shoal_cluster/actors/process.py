@@ -9,6 +9,7 @@ import ray
 from shoal_cluster.actors.configuration import ClusterConfiguration
 from shoal_cluster.links.address import LinkAddress, parse_address, tcp_address
 from shoal_cluster.links.connection import connect
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Handler
 from shoal_cluster.links.pool import LinkPool
@@ -23,7 +24,7 @@ async def start_listener(
     configuration: ClusterConfiguration, name: str, handlers: Mapping[str, Handler]
 ) -> tuple[Listener, LinkAddress]:
     """Listens for links; returns the listener and the address others reach it at."""
-    listener = Listener(handlers, configuration.secret)
+    listener = Listener(handlers, shared_secret(configuration.secret))
     if configuration.link_host is None:
         sockets = Path(configuration.run_directory) / "links"
         sockets.mkdir(parents=True, exist_ok=True)

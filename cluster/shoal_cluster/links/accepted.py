@@ -24,11 +24,7 @@ from shoal_cluster.domain.ids import IdGenerator
 from shoal_cluster.domain.limits import KIB, LINK_IN_FLIGHT_MAX, MIB
 from shoal_cluster.links.connection import DRAINING, WRITE_BUFFER_BYTES_HIGH
 from shoal_cluster.links.deadlines import DeadlineTimer
-from shoal_cluster.links.handshake import (
-    HANDSHAKE_BYTES_MAX,
-    NONCE_BYTES,
-    ListenerHandshake,
-)
+from shoal_cluster.links.handshake import ListenerHandshake, SecretOf
 from shoal_cluster.links.messages import Answer, Handler, ReceivedReply, Reply, Request
 from shoal_protos.frames import (
     FRAME_BYTES_MAX,
@@ -38,6 +34,7 @@ from shoal_protos.frames import (
     FrameType,
     encode_frame,
 )
+from shoal_protos.handshake import HANDSHAKE_BYTES_MAX, NONCE_BYTES, HandshakeRefused
 
 _log = structlog.get_logger(__name__)
 
@@ -64,7 +61,7 @@ class Service:
     """What all accepted links of a listener share."""
 
     handlers: Mapping[str, Handler]
-    secret: bytes
+    secret_of: SecretOf
     clock: Clock
     ids: IdGenerator
     handshake_s: float
@@ -89,7 +86,9 @@ class AcceptedLink(asyncio.Protocol):
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         nonce = bytes.fromhex(service.ids.hex(NONCE_BYTES))
-        self._handshake: ListenerHandshake | None = ListenerHandshake(service.secret, nonce=nonce)
+        self._handshake: ListenerHandshake | None = ListenerHandshake(
+            service.secret_of, nonce=nonce
+        )
         self._handshake_bytes = 0
         self._handshake_timer: asyncio.TimerHandle | None = None
         self._decoder = FrameDecoder(frame_bytes_max=HANDSHAKE_BYTES_MAX)
@@ -189,9 +188,9 @@ class AcceptedLink(asyncio.Protocol):
                 raise FrameError("it sent more before it was welcomed")
             try:
                 frame_type, header = handshake.receive(frame)
-            except ShoalError as error:
-                self._send(FrameType.ERROR, 0, to_wire(error))
-                self._refuse(error.message)
+            except HandshakeRefused as refused:
+                self._send(FrameType.ERROR, 0, refused.error)
+                self._refuse(refused.error["message"])
                 return
             self._send(frame_type, 0, header)
         if handshake.done:

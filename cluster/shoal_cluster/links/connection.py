@@ -25,11 +25,7 @@ from shoal_cluster.domain.ids import IdGenerator, SystemIdGenerator
 from shoal_cluster.domain.limits import LINK_IN_FLIGHT_MAX, MIB
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.deadlines import DeadlineTimer
-from shoal_cluster.links.handshake import (
-    HANDSHAKE_BYTES_MAX,
-    NONCE_BYTES,
-    CallerHandshake,
-)
+from shoal_cluster.links.handshake import check_secret
 from shoal_cluster.links.messages import ReceivedReply, received_error
 from shoal_cluster.links.network import Network, SocketNetwork
 from shoal_protos.frames import (
@@ -41,6 +37,12 @@ from shoal_protos.frames import (
     FrameError,
     FrameType,
     encode_frame,
+)
+from shoal_protos.handshake import (
+    HANDSHAKE_BYTES_MAX,
+    NONCE_BYTES,
+    CallerHandshake,
+    HandshakeRefused,
 )
 
 _log = structlog.get_logger(__name__)
@@ -337,7 +339,8 @@ class Link(asyncio.Protocol):
     def _receive_handshake(self, handshake: CallerHandshake, frame: Frame) -> None:
         try:
             header = handshake.receive(frame)
-        except ShoalError as error:
+        except HandshakeRefused as refused:
+            error = received_error(refused.error)
             if not self.ready.done():
                 self.ready.set_result(error)
             self.abort(f"the handshake failed: {error.message}")
@@ -384,6 +387,7 @@ async def connect(
     Raises: Unavailable (nobody there, or not in time), Unauthenticated (secrets differ),
     Conflict (protocol versions differ); all NOT_APPLIED.
     """
+    check_secret(secret)
     ids = ids or SystemIdGenerator()
     handshake = CallerHandshake(secret, name=name, nonce=bytes.fromhex(ids.hex(NONCE_BYTES)))
     link = Link(address, handshake, clock=clock or SystemClock(), in_flight_max=in_flight_max)

@@ -11,7 +11,7 @@ from shoal_cluster.domain.ids import IdGenerator, SystemIdGenerator
 from shoal_cluster.domain.limits import LINK_IN_FLIGHT_MAX
 from shoal_cluster.links.accepted import AcceptedLink, Service
 from shoal_cluster.links.address import LinkAddress
-from shoal_cluster.links.handshake import check_secret
+from shoal_cluster.links.handshake import SecretOf
 from shoal_cluster.links.messages import Handler
 from shoal_cluster.links.network import Network, Served, SocketNetwork
 
@@ -31,13 +31,13 @@ class Listener:
     """Accepts links and serves their calls with the handlers, on the loop it was started on.
 
     handlers: method name to handler; what a handler may be is told at `Handler`.
-    secret: at least 16 random bytes, the same for all processes of a cluster.
+    secret_of: what callers must know, by the name they give; `shared_secret` between actors.
     """
 
     def __init__(
         self,
         handlers: Mapping[str, Handler],
-        secret: bytes,
+        secret_of: SecretOf,
         *,
         clock: Clock | None = None,
         ids: IdGenerator | None = None,
@@ -46,10 +46,9 @@ class Listener:
         in_flight_max: int = LINK_IN_FLIGHT_MAX,
         connections_max: int = CONNECTIONS_MAX,
     ) -> None:
-        check_secret(secret)
         self._service = Service(
             handlers=dict(handlers),
-            secret=secret,
+            secret_of=secret_of,
             clock=clock or SystemClock(),
             ids=ids or SystemIdGenerator(),
             handshake_s=handshake_s,

@@ -10,6 +10,7 @@ import sys
 import uvloop
 
 from shoal_cluster.links.address import parse_address
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Reply, Request
 
@@ -26,7 +27,7 @@ def pid(request: Request) -> Reply:
 
 
 async def main() -> None:
-    listener = Listener({"hang": hang, "pid": pid}, SECRET)
+    listener = Listener({"hang": hang, "pid": pid}, shared_secret(SECRET))
     print(await listener.listen(parse_address(sys.argv[1])), flush=True)
     await asyncio.Event().wait()
 

@@ -14,6 +14,7 @@ import uvloop
 from shoal_cluster.domain.clock import Clock, SystemClock
 from shoal_cluster.links.address import LinkAddress, parse_address
 from shoal_cluster.links.connection import Link, connect
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.memory import MemoryNetwork
 from shoal_cluster.links.messages import Handler
@@ -90,7 +91,7 @@ class Place:
         self, handlers: Mapping[str, Handler], **options: Any
     ) -> AsyncIterator[tuple[Listener, LinkAddress]]:
         options.setdefault("clock", self.clock)
-        listener = Listener(handlers, SECRET, network=self.network, **options)
+        listener = Listener(handlers, shared_secret(SECRET), network=self.network, **options)
         address = await listener.listen(self.address)
         try:
             yield listener, address

@@ -8,6 +8,7 @@ import pytest
 from shoal_cluster.domain.errors import Indeterminate, Outcome, Unavailable
 from shoal_cluster.links.address import parse_address
 from shoal_cluster.links.connection import connect
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.memory import MemoryNetwork
 from shoal_cluster.links.messages import Reply, Request
@@ -29,7 +30,9 @@ def served_with(seed: int) -> list[object]:
         network = MemoryNetwork(delay_s=lambda: drawn.uniform(0, 0.004))
         links = []
         for address in (A, B):
-            listener = Listener({"note": note}, SECRET, network=network, clock=LoopClock())
+            listener = Listener(
+                {"note": note}, shared_secret(SECRET), network=network, clock=LoopClock()
+            )
             await listener.listen(address)
             links.append(await connect(address, SECRET, network=network, clock=LoopClock()))
 
@@ -68,7 +71,7 @@ def test_faults_hit_one_address_only(memory: Place) -> None:
         links = []
         listeners = []
         for address in (A, B):
-            listener = Listener({"hang": hang}, SECRET, network=network)
+            listener = Listener({"hang": hang}, shared_secret(SECRET), network=network)
             await listener.listen(address)
             listeners.append(listener)
             links.append(await connect(address, SECRET, network=network))

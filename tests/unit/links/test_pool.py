@@ -10,6 +10,7 @@ import pytest
 from shoal_cluster.domain.errors import Outcome, Overloaded, Unavailable
 from shoal_cluster.links.address import LinkAddress, parse_address
 from shoal_cluster.links.connection import Link, connect
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.memory import MemoryNetwork
 from shoal_cluster.links.messages import Reply, Request
@@ -159,7 +160,7 @@ def test_new_calls_leave_a_draining_link_and_old_ones_end_on_it(memory: Place) -
             await released.wait()
             return Reply("old")
 
-        first = Listener({"gate": gate}, SECRET, network=connects.network)
+        first = Listener({"gate": gate}, shared_secret(SECRET), network=connects.network)
         await first.listen(B)
         old = asyncio.create_task(pool.call(B, "gate", None, timeout_s=5, on_lost=WRITE))
         await started.wait()
@@ -167,7 +168,9 @@ def test_new_calls_leave_a_draining_link_and_old_ones_end_on_it(memory: Place) -
         closing = asyncio.create_task(first.close(drain_s=5))
         while not link.draining:
             await asyncio.sleep(0)
-        successor = Listener({"gate": lambda _: Reply("new")}, SECRET, network=connects.network)
+        successor = Listener(
+            {"gate": lambda _: Reply("new")}, shared_secret(SECRET), network=connects.network
+        )
         await successor.listen(B)
         new = await pool.call(B, "gate", None, timeout_s=5, on_lost=WRITE)
         assert new.header == "new"
@@ -184,7 +187,7 @@ def test_addresses_are_bounded_and_the_unreachable_are_forgotten_first(memory: P
     async def check(
         pool: LinkPool, connects: Connects, clock: ManualClock, listener: Listener
     ) -> None:
-        other = Listener({"echo": echo}, SECRET, network=connects.network)
+        other = Listener({"echo": echo}, shared_secret(SECRET), network=connects.network)
         await other.listen(C)
         with pytest.raises(Unavailable):
             await pool.call(B, "echo", 1, timeout_s=5, on_lost=READ)

@@ -20,10 +20,12 @@ from shoal_cluster.domain.errors import (
     Unauthenticated,
     Unavailable,
 )
-from shoal_cluster.links import accepted, handshake
+from shoal_cluster.links import accepted
 from shoal_cluster.links.address import LinkAddress, parse_address, tcp_endpoint, unix_path
+from shoal_cluster.links.handshake import shared_secret
 from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Reply, Request
+from shoal_protos import handshake
 from shoal_protos.frames import Frame, FrameDecoder, FrameType, encode_frame
 from tests.unit.links.places import SECRET, Place, make_place
 
@@ -131,7 +133,7 @@ def test_a_listener_that_cannot_prove_itself_is_unauthenticated(place: Place) ->
 
 def test_a_listener_of_another_version_is_named_too() -> None:
     caller = handshake.CallerHandshake(SECRET, name="n", nonce=b"a" * 32)
-    with pytest.raises(Conflict, match="the caller speaks 1, the listener 2"):
+    with pytest.raises(handshake.HandshakeRefused, match="the caller speaks 1, the listener 2"):
         caller.receive(Frame(FrameType.HELLO, 0, [2, b"b" * 32], memoryview(b"")))
 
 
@@ -160,7 +162,7 @@ def test_the_secret_and_its_proof_cannot_be_replayed_or_reflected() -> None:
 def test_a_short_secret_is_refused_on_both_sides(memory: Place) -> None:
     async def main() -> None:
         with pytest.raises(InvalidRequest, match="link secret has 5 bytes"):
-            Listener({}, b"short")
+            Listener({}, shared_secret(b"short"))
         with pytest.raises(InvalidRequest, match="link secret has 5 bytes"):
             await memory.connect(memory.address, secret=b"short")
 
@@ -508,7 +510,7 @@ def test_requests_held_for_a_slow_reader_are_dropped_when_their_time_is_over(
 def test_an_address_in_use_is_a_conflict_and_stays_with_its_owner(place: Place) -> None:
     async def main() -> None:
         async with place.listening({"echo": echo}) as (_, address):
-            second = Listener({}, SECRET, network=place.network)
+            second = Listener({}, shared_secret(SECRET), network=place.network)
             with pytest.raises(Conflict, match="the address is in use"):
                 await second.listen(address)
             link = await place.connect(address)
@@ -541,7 +543,7 @@ def test_a_file_that_is_no_socket_is_not_replaced(directory: Path) -> None:
 
     async def main() -> None:
         with pytest.raises(Conflict):
-            await Listener({}, SECRET).listen(place.address)
+            await Listener({}, shared_secret(SECRET)).listen(place.address)
 
     place.run(main())
     assert (directory / "a.sock").read_text() == "precious"
@@ -553,7 +555,7 @@ def test_an_address_that_cannot_be_listened_at_is_refused(directory: Path) -> No
     async def main() -> None:
         for text in (f"unix:{directory}/absent/a.sock", "tcp:203.0.113.7:1", "memory:a"):
             with pytest.raises(InvalidRequest) as caught:
-                await Listener({}, SECRET).listen(parse_address(text))
+                await Listener({}, shared_secret(SECRET)).listen(parse_address(text))
             assert caught.value.field == "link_address"
 
     place.run(main())
