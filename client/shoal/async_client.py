@@ -11,7 +11,7 @@ from shoal.async_collection import AsyncCollection
 from shoal.async_connection import AsyncConnection
 from shoal.calls import Calls
 from shoal.retry import DEFAULT_RETRIES, RetryPolicy
-from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S
+from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S, TransportName
 from shoal.schema import (
     AttributeTypeName,
     CollectionDescription,
@@ -34,8 +34,11 @@ class AsyncClient:
         *,
         timeout_s: float = TIMEOUT_S,
         retries: RetryPolicy = DEFAULT_RETRIES,
+        transport: TransportName = "auto",
     ) -> None:
-        self._connection = AsyncConnection(address, timeout_s=timeout_s, retries=retries)
+        self._connection = AsyncConnection(
+            address, timeout_s=timeout_s, retries=retries, transport=transport
+        )
         self._calls = Calls()
 
     async def __aenter__(self) -> Self:

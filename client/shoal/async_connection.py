@@ -1,12 +1,16 @@
 """The asyncio transport: sends calls, retries them, drives upload streams."""
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
+from google.protobuf.message import Message
 
+from shoal.async_lanes import AsyncLanes
 from shoal.bulk import ENDED_EARLY, STALLED, STREAM_CLOSE_S, BulkUpload, Upload
 from shoal.calls import Call, Reply
 from shoal.errors import InvalidRequest, ShoalError
@@ -15,47 +19,61 @@ from shoal.rpc import (
     CHANNEL_OPTIONS,
     CLOSED,
     Addresses,
-    Lane,
+    Stubs,
+    TransportName,
     checked_timeout_s,
+    checked_transport,
     error_of,
     error_of_lost_call,
-    open_lane,
+    make_stubs,
+    parsed,
 )
-from shoal_protos.v1 import points_pb2
+from shoal_protos.v1 import lanes_pb2, points_pb2
 
 
 class AsyncConnection:
-    """Channels to the coordinators, one in use at a time, and the loop that retries over them.
+    """Ways to the coordinators, one in use at a time, and the loop that retries over them.
 
     For one event loop.
     """
 
     def __init__(
-        self, address: str | Iterable[str], *, timeout_s: float, retries: RetryPolicy
+        self,
+        address: str | Iterable[str],
+        *,
+        timeout_s: float,
+        retries: RetryPolicy,
+        transport: TransportName = "auto",
     ) -> None:
         self._addresses = Addresses(address)
         self._timeout_s = checked_timeout_s(timeout_s)
         self._retries = Retries(retries)
-        self._lanes: dict[str, Lane] = {}
+        self._transport = checked_transport(transport)
+        self._routes: dict[str, _Route] = {}
         self._closed = False
 
     async def close(self) -> None:
         """Closes the connections; calls in flight fail. Closing twice is no error."""
         self._closed = True
-        lanes, self._lanes = self._lanes, {}
-        for lane in lanes.values():
-            await lane.channel.close()
+        routes, self._routes = self._routes, {}
+        for route in routes.values():
+            if route.lanes is not None:
+                await route.lanes.close()
+            await route.stubs.channel.close()
 
-    def _lane(self) -> Lane:
+    def _route(self) -> "_Route":
         address = self._addresses.current
         if self._closed:
             raise InvalidRequest(CLOSED)
-        lane = self._lanes.get(address)
-        if lane is None:
+        route = self._routes.get(address)
+        if route is None:
             # Not earlier than the first call: a channel belongs to the loop that is running.
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            lane = self._lanes[address] = open_lane(address, channel)
-        return lane
+            stubs = make_stubs(grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS))
+            lanes = None
+            if self._transport == "auto":
+                lanes = AsyncLanes(address, functools.partial(_ask, stubs))
+            route = self._routes[address] = _Route(address, stubs, lanes)
+        return route
 
     async def run(self, call: Call[Reply], timeout_s: float | None) -> Reply:
         """Returns the call's decoded reply; timeout_s None means the client's.
@@ -64,20 +82,17 @@ class AsyncConnection:
         """
         attempts = self._attempts(call.is_write, timeout_s)
         while True:
-            lane = self._lane()
+            route = self._route()
             try:
-                response = await lane.unary[call.method](
-                    call.request, timeout=attempts.timeout_s(time.monotonic())
-                )
-            except grpc.aio.AioRpcError as failure:
-                error = error_of(failure, is_write=call.is_write, address=lane.address)
+                response = await route.ask(call, attempts.timeout_s(time.monotonic()))
+            except ShoalError as error:
                 verdict = attempts.failed(error, time.monotonic())
                 if isinstance(verdict, GiveUp):
-                    raise verdict.error from failure
+                    raise verdict.error from error.__cause__
                 if self._closed:
-                    raise error from failure
+                    raise
                 if verdict.elsewhere:
-                    self._addresses.leave(lane.address)
+                    self._addresses.leave(route.address)
                 await asyncio.sleep(verdict.wait_s)
             except asyncio.CancelledError as cancelled:
                 # Closing the channel cancels its calls; the caller's own task goes on.
@@ -106,16 +121,16 @@ class AsyncConnection:
             retries=self._retries,
         )
         while not upload.is_done:
-            lane = self._lane()
-            lost = await self._upload_on_stream(upload, lane)
+            route = self._route()
+            lost = await self._upload_on_stream(upload, route)
             if lost is not None:
-                self._addresses.leave(lane.address)
+                self._addresses.leave(route.address)
                 upload.stream_lost(lost, time.monotonic())
                 # A refused connection comes back at once; the chunks know when they are due.
                 await asyncio.sleep(upload.wait_s(time.monotonic()))
         return upload.rows_done
 
-    async def _upload_on_stream(self, upload: BulkUpload, lane: Lane) -> ShoalError | None:
+    async def _upload_on_stream(self, upload: BulkUpload, route: "_Route") -> ShoalError | None:
         """Drives the upload over one stream; returns why the stream was lost, None when done."""
         chunks: asyncio.Queue[points_pb2.UpsertStreamRequest | None] = asyncio.Queue()
         replies: asyncio.Queue[points_pb2.UpsertStreamResponse | grpc.aio.AioRpcError | None] = (
@@ -125,7 +140,7 @@ class AsyncConnection:
         if first is None:
             return None
         chunks.put_nowait(first)
-        stream = lane.upsert_stream(_until_none(chunks))
+        stream = route.stubs.upsert_stream(_until_none(chunks))
         reader = asyncio.create_task(_read_stream(stream, replies), name="shoal-upload")
         try:
             while not upload.is_done:
@@ -144,7 +159,7 @@ class AsyncConnection:
                 if reply is None:
                     return error_of_lost_call(ENDED_EARLY, is_write=True)
                 if isinstance(reply, grpc.aio.AioRpcError):
-                    return error_of(reply, is_write=True, address=lane.address)
+                    return error_of(reply, is_write=True, address=route.address)
                 upload.replied(reply, time.monotonic())
             chunks.put_nowait(None)
             await asyncio.wait([reader], timeout=STREAM_CLOSE_S)
@@ -175,3 +190,41 @@ async def _read_stream(stream: Any, replies: "asyncio.Queue[Any]") -> None:
         replies.put_nowait(None)
     except grpc.aio.AioRpcError as failure:
         replies.put_nowait(failure)
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The ways to one coordinator. lanes: None when only gRPC may be used."""
+
+    address: str
+    stubs: Stubs
+    lanes: AsyncLanes | None
+
+    async def ask(self, call: Call[Any], timeout_s: float) -> Message:
+        """Sends a call over a lane if there is one, else over gRPC.
+
+        Raises: ShoalError; its cause is what gRPC or the socket raised, if either did.
+        """
+        if self.lanes is not None:
+            began_s = time.monotonic()
+            reply = await self.lanes.call(
+                call.method.value,
+                call.request.SerializeToString(),
+                timeout_s,
+                is_write=call.is_write,
+            )
+            if reply is not None:
+                return parsed(call.method, reply)
+            timeout_s -= time.monotonic() - began_s
+        try:
+            response: Message = await self.stubs.unary[call.method](call.request, timeout=timeout_s)
+        except grpc.aio.AioRpcError as failure:
+            raise error_of(failure, is_write=call.is_write, address=self.address) from failure
+        return response
+
+
+async def _ask(stubs: Stubs, timeout_s: float) -> lanes_pb2.ConnectResponse:
+    response: lanes_pb2.ConnectResponse = await stubs.connect(
+        lanes_pb2.ConnectRequest(), timeout=timeout_s
+    )
+    return response

@@ -8,7 +8,7 @@ from shoal.calls import Calls
 from shoal.collection import Collection
 from shoal.connection import Connection
 from shoal.retry import DEFAULT_RETRIES, RetryPolicy
-from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S
+from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S, TransportName
 from shoal.schema import (
     AttributeTypeName,
     CollectionDescription,
@@ -23,7 +23,9 @@ class Client:
     """A connection to a Shoal cluster. Safe to use from several threads.
 
     address: one coordinator, or several, of which one is used until it fails. timeout_s bounds each
-    call from start to end, retries included; every method takes its own as well.
+    call from start to end, retries included; every method takes its own as well. transport: "auto"
+    sends calls over fast lanes where they can be opened, and over gRPC otherwise; "grpc" never
+    tries.
 
     Reads are at least as new as this client's own writes and earlier reads (consistency "session")
     unless they ask otherwise. Every method raises a ShoalError when it cannot do its work.
@@ -35,8 +37,11 @@ class Client:
         *,
         timeout_s: float = TIMEOUT_S,
         retries: RetryPolicy = DEFAULT_RETRIES,
+        transport: TransportName = "auto",
     ) -> None:
-        self._connection = Connection(address, timeout_s=timeout_s, retries=retries)
+        self._connection = Connection(
+            address, timeout_s=timeout_s, retries=retries, transport=transport
+        )
         self._calls = Calls()
 
     def __enter__(self) -> Self:

@@ -1,64 +1,82 @@
 """The synchronous transport: sends calls, retries them, drives upload streams."""
 
+import functools
 import queue
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 
 from shoal.bulk import ENDED_EARLY, STALLED, STREAM_CLOSE_S, BulkUpload, Upload
 from shoal.calls import Call, Reply
 from shoal.errors import InvalidRequest, ShoalError
+from shoal.lanes import BlockingLanes
 from shoal.retry import Attempts, GiveUp, Retries, RetryPolicy
 from shoal.rpc import (
     CHANNEL_OPTIONS,
     CLOSED,
     Addresses,
-    Lane,
+    Stubs,
+    TransportName,
     checked_timeout_s,
+    checked_transport,
     error_of,
     error_of_lost_call,
-    open_lane,
+    make_stubs,
+    parsed,
 )
-from shoal_protos.v1 import points_pb2
+from shoal_protos.v1 import lanes_pb2, points_pb2
 
 
 class Connection:
-    """Channels to the coordinators, one in use at a time, and the loop that retries over them.
+    """Ways to the coordinators, one in use at a time, and the loop that retries over them.
 
     Safe to use from several threads.
     """
 
     def __init__(
-        self, address: str | Iterable[str], *, timeout_s: float, retries: RetryPolicy
+        self,
+        address: str | Iterable[str],
+        *,
+        timeout_s: float,
+        retries: RetryPolicy,
+        transport: TransportName = "auto",
     ) -> None:
         self._addresses = Addresses(address)
         self._timeout_s = checked_timeout_s(timeout_s)
         self._retries = Retries(retries)
         self._lock = threading.Lock()
-        self._lanes: dict[str, Lane] = {}
+        self._transport = checked_transport(transport)
+        self._routes: dict[str, _Route] = {}
         self._closed = False
 
     def close(self) -> None:
         """Closes the connections; calls in flight fail. Closing twice is no error."""
         with self._lock:
             self._closed = True
-            lanes, self._lanes = self._lanes, {}
-        for lane in lanes.values():
-            lane.channel.close()
+            routes, self._routes = self._routes, {}
+        for route in routes.values():
+            if route.lanes is not None:
+                route.lanes.close()
+            route.stubs.channel.close()
 
-    def _lane(self) -> Lane:
+    def _route(self) -> "_Route":
         address = self._addresses.current
         with self._lock:
             if self._closed:
                 raise InvalidRequest(CLOSED)
-            lane = self._lanes.get(address)
-            if lane is None:
-                channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-                lane = self._lanes[address] = open_lane(address, channel)
-            return lane
+            route = self._routes.get(address)
+            if route is None:
+                stubs = make_stubs(grpc.insecure_channel(address, options=CHANNEL_OPTIONS))
+                lanes = None
+                if self._transport == "auto":
+                    lanes = BlockingLanes(address, functools.partial(_ask, stubs))
+                route = self._routes[address] = _Route(address, stubs, lanes)
+            return route
 
     def run(self, call: Call[Reply], timeout_s: float | None) -> Reply:
         """Returns the call's decoded reply; timeout_s None means the client's.
@@ -67,20 +85,17 @@ class Connection:
         """
         attempts = self._attempts(call.is_write, timeout_s)
         while True:
-            lane = self._lane()
+            route = self._route()
             try:
-                response = lane.unary[call.method](
-                    call.request, timeout=attempts.timeout_s(time.monotonic())
-                )
-            except grpc.RpcError as failure:
-                error = error_of(failure, is_write=call.is_write, address=lane.address)
+                response = route.ask(call, attempts.timeout_s(time.monotonic()))
+            except ShoalError as error:
                 verdict = attempts.failed(error, time.monotonic())
                 if isinstance(verdict, GiveUp):
-                    raise verdict.error from failure
+                    raise verdict.error from error.__cause__
                 if self._closed:
-                    raise error from failure
+                    raise
                 if verdict.elsewhere:
-                    self._addresses.leave(lane.address)
+                    self._addresses.leave(route.address)
                 time.sleep(verdict.wait_s)
             else:
                 return call.decode(response)
@@ -104,16 +119,16 @@ class Connection:
             retries=self._retries,
         )
         while not upload.is_done:
-            lane = self._lane()
-            lost = self._upload_on_stream(upload, lane)
+            route = self._route()
+            lost = self._upload_on_stream(upload, route)
             if lost is not None:
-                self._addresses.leave(lane.address)
+                self._addresses.leave(route.address)
                 upload.stream_lost(lost, time.monotonic())
                 # A refused connection comes back at once; the chunks know when they are due.
                 time.sleep(upload.wait_s(time.monotonic()))
         return upload.rows_done
 
-    def _upload_on_stream(self, upload: BulkUpload, lane: Lane) -> ShoalError | None:
+    def _upload_on_stream(self, upload: BulkUpload, route: "_Route") -> ShoalError | None:
         """Drives the upload over one stream; returns why the stream was lost, None when done."""
         chunks: queue.SimpleQueue[points_pb2.UpsertStreamRequest | None] = queue.SimpleQueue()
         replies: queue.SimpleQueue[points_pb2.UpsertStreamResponse | grpc.RpcError | None] = (
@@ -123,7 +138,7 @@ class Connection:
         if first is None:
             return None
         chunks.put(first)
-        stream = lane.upsert_stream(iter(chunks.get, None))
+        stream = route.stubs.upsert_stream(iter(chunks.get, None))
         reader = threading.Thread(
             target=_read_stream, args=(stream, replies), name="shoal-upload", daemon=True
         )
@@ -143,7 +158,7 @@ class Connection:
                 if reply is None:
                     return error_of_lost_call(ENDED_EARLY, is_write=True)
                 if isinstance(reply, grpc.RpcError):
-                    return error_of(reply, is_write=True, address=lane.address)
+                    return error_of(reply, is_write=True, address=route.address)
                 upload.replied(reply, time.monotonic())
             chunks.put(None)
             reader.join(STREAM_CLOSE_S)
@@ -152,6 +167,44 @@ class Connection:
             chunks.put(None)
             stream.cancel()
             reader.join(STREAM_CLOSE_S)
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """The ways to one coordinator. lanes: None when only gRPC may be used."""
+
+    address: str
+    stubs: Stubs
+    lanes: BlockingLanes | None
+
+    def ask(self, call: Call[Any], timeout_s: float) -> Message:
+        """Sends a call over a lane if there is one, else over gRPC.
+
+        Raises: ShoalError; its cause is what gRPC or the socket raised, if either did.
+        """
+        if self.lanes is not None:
+            began_s = time.monotonic()
+            reply = self.lanes.call(
+                call.method.value,
+                call.request.SerializeToString(),
+                timeout_s,
+                is_write=call.is_write,
+            )
+            if reply is not None:
+                return parsed(call.method, reply)
+            timeout_s -= time.monotonic() - began_s
+        try:
+            response: Message = self.stubs.unary[call.method](call.request, timeout=timeout_s)
+        except grpc.RpcError as failure:
+            raise error_of(failure, is_write=call.is_write, address=self.address) from failure
+        return response
+
+
+def _ask(stubs: Stubs, timeout_s: float) -> lanes_pb2.ConnectResponse:
+    response: lanes_pb2.ConnectResponse = stubs.connect(
+        lanes_pb2.ConnectRequest(), timeout=timeout_s
+    )
+    return response
 
 
 def _read_stream(stream: Any, replies: "queue.SimpleQueue[Any]") -> None:

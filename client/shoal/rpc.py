@@ -3,10 +3,10 @@
 import enum
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from shoal.errors import (
     KINDS,
@@ -19,11 +19,9 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal_protos.status import ERROR_DETAIL_KEY, STATUS_OF_KIND
-from shoal_protos.v1 import types_pb2
-from shoal_protos.v1.admin_pb2_grpc import AdminStub
-from shoal_protos.v1.collections_pb2_grpc import CollectionsStub
+from shoal_protos.v1 import admin_pb2, collections_pb2, points_pb2, search_pb2, types_pb2
+from shoal_protos.v1.lanes_pb2_grpc import LanesStub
 from shoal_protos.v1.points_pb2_grpc import PointsStub
-from shoal_protos.v1.search_pb2_grpc import SearchStub
 
 DEFAULT_ADDRESS = "127.0.0.1:7700"
 
@@ -72,54 +70,72 @@ the status the server gave (grpc/grpc issue 36066). The next stream shows the tr
 
 
 class Method(enum.Enum):
-    """The unary calls of the API."""
+    """The unary calls of the API; the value is the gRPC path."""
 
-    CREATE_COLLECTION = enum.auto()
-    DESCRIBE_COLLECTION = enum.auto()
-    LIST_COLLECTIONS = enum.auto()
-    ALTER_COLLECTION = enum.auto()
-    DROP_COLLECTION = enum.auto()
-    UPSERT = enum.auto()
-    GET = enum.auto()
-    PATCH_ATTRIBUTES = enum.auto()
-    DELETE = enum.auto()
-    DELETE_BY_FILTER = enum.auto()
-    SCROLL = enum.auto()
-    COUNT = enum.auto()
-    SEARCH = enum.auto()
-    STATUS = enum.auto()
+    CREATE_COLLECTION = "/shoal.v1.Collections/CreateCollection"
+    DESCRIBE_COLLECTION = "/shoal.v1.Collections/DescribeCollection"
+    LIST_COLLECTIONS = "/shoal.v1.Collections/ListCollections"
+    ALTER_COLLECTION = "/shoal.v1.Collections/AlterCollection"
+    DROP_COLLECTION = "/shoal.v1.Collections/DropCollection"
+    UPSERT = "/shoal.v1.Points/Upsert"
+    GET = "/shoal.v1.Points/Get"
+    PATCH_ATTRIBUTES = "/shoal.v1.Points/PatchAttributes"
+    DELETE = "/shoal.v1.Points/Delete"
+    DELETE_BY_FILTER = "/shoal.v1.Points/DeleteByFilter"
+    SCROLL = "/shoal.v1.Points/Scroll"
+    COUNT = "/shoal.v1.Points/Count"
+    SEARCH = "/shoal.v1.Search/Search"
+    STATUS = "/shoal.v1.Admin/Status"
+
+
+RESPONSES: Mapping[Method, type[Message]] = {
+    Method.CREATE_COLLECTION: collections_pb2.CreateCollectionResponse,
+    Method.DESCRIBE_COLLECTION: collections_pb2.DescribeCollectionResponse,
+    Method.LIST_COLLECTIONS: collections_pb2.ListCollectionsResponse,
+    Method.ALTER_COLLECTION: collections_pb2.AlterCollectionResponse,
+    Method.DROP_COLLECTION: collections_pb2.DropCollectionResponse,
+    Method.UPSERT: points_pb2.UpsertResponse,
+    Method.GET: points_pb2.GetResponse,
+    Method.PATCH_ATTRIBUTES: points_pb2.PatchAttributesResponse,
+    Method.DELETE: points_pb2.DeleteResponse,
+    Method.DELETE_BY_FILTER: points_pb2.DeleteByFilterResponse,
+    Method.SCROLL: points_pb2.ScrollResponse,
+    Method.COUNT: points_pb2.CountResponse,
+    Method.SEARCH: search_pb2.SearchResponse,
+    Method.STATUS: admin_pb2.StatusResponse,
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Lane:
+class Stubs:
     """An open channel to one address, sync or asyncio, and what can be called on it."""
 
-    address: str
     channel: Any
     unary: Mapping[Method, Any]
     upsert_stream: Any
+    connect: Any
 
 
-def open_lane(address: str, channel: Any) -> Lane:
-    collections = CollectionsStub(channel)
-    points = PointsStub(channel)
+def parsed(method: Method, response: memoryview) -> Message:
+    """Returns a serialised response as the message it is."""
+    # Protobuf reads any buffer, though it says bytes.
+    return RESPONSES[method].FromString(cast(bytes, response))
+
+
+def make_stubs(channel: Any) -> Stubs:
     unary = {
-        Method.CREATE_COLLECTION: collections.CreateCollection,
-        Method.DESCRIBE_COLLECTION: collections.DescribeCollection,
-        Method.LIST_COLLECTIONS: collections.ListCollections,
-        Method.ALTER_COLLECTION: collections.AlterCollection,
-        Method.DROP_COLLECTION: collections.DropCollection,
-        Method.UPSERT: points.Upsert,
-        Method.GET: points.Get,
-        Method.PATCH_ATTRIBUTES: points.PatchAttributes,
-        Method.DELETE: points.Delete,
-        Method.DELETE_BY_FILTER: points.DeleteByFilter,
-        Method.SCROLL: points.Scroll,
-        Method.COUNT: points.Count,
-        Method.SEARCH: SearchStub(channel).Search,
-        Method.STATUS: AdminStub(channel).Status,
+        method: channel.unary_unary(
+            method.value,
+            request_serializer=_serialised,
+            response_deserializer=response.FromString,
+        )
+        for method, response in RESPONSES.items()
     }
-    return Lane(address, channel, unary, points.UpsertStream)
+    return Stubs(channel, unary, PointsStub(channel).UpsertStream, LanesStub(channel).Connect)
+
+
+def _serialised(message: Message) -> bytes:
+    return message.SerializeToString()
 
 
 class Addresses:
@@ -144,6 +160,20 @@ class Addresses:
         """Goes on to the next address, unless somebody else has done so already."""
         if self.current == address:
             self._current = (self._current + 1) % len(self._all)
+
+
+TransportName = Literal["auto", "grpc"]
+
+
+def checked_transport(name: TransportName) -> TransportName:
+    """Raises: InvalidRequest unless it is one of the two."""
+    if name not in get_args(TransportName):
+        raise InvalidRequest(
+            f"transport {name!r} is not known",
+            field="transport",
+            limit="'auto' (fast lanes where they work) or 'grpc'",
+        )
+    return name
 
 
 def checked_timeout_s(timeout_s: float) -> float:

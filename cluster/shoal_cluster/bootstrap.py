@@ -312,9 +312,13 @@ def _start_actors(
 
 
 async def start_edge(
-    address: str, searcher: Searcher, writer: Writer, control: ControllerClient
+    address: str,
+    lane_socket: str,
+    searcher: Searcher,
+    writer: Writer,
+    control: ControllerClient,
 ) -> EdgeServer:
-    """Starts a coordinator's gRPC server; handed to actors, which do not know gRPC."""
+    """Starts a coordinator's gRPC server and fast lanes; handed to actors, who know no gRPC."""
     services = Services(
         control=control,
         searching=searcher,
@@ -322,7 +326,7 @@ async def start_edge(
         writing=writer,
         status=control,
     )
-    return await start_server(address, services, ids=SystemIdGenerator())
+    return await start_server(address, services, ids=SystemIdGenerator(), lane_socket=lane_socket)
 
 
 def _wait_for(reference: Any, timeout_s: float) -> Any:

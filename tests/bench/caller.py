@@ -15,11 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tests.bench.corpus import Floats
 from tests.bench.paths import (
-    GrpcSearch,
+    BATCH,
     LinkSearch,
     RawSearch,
+    RawThreads,
+    SdkSearch,
     SegmentsSearch,
     Setup,
     rows_of,
@@ -54,6 +58,10 @@ class Caller:
             latencies_s = searching.run(self._run_link(path, searching, started_s + seconds))
         elif isinstance(searching, StagedSearch):
             return {"stages": self._run_stages(path, searching, started_s + seconds)}
+        elif path == "raw_cores":
+            latencies_s = searching.ask_for(self._queries, seconds)
+        elif path.endswith("_batch"):
+            latencies_s = self._run_batches(path, searching, started_s + seconds)
         else:
             latencies_s = self._run(path, searching, started_s + seconds, gap_s)
         elapsed_s = time.perf_counter() - started_s
@@ -81,6 +89,20 @@ class Caller:
             number += 1
             if gap_s:
                 time.sleep(gap_s)
+        self._next[path] = number
+        return latencies_s
+
+    def _run_batches(self, path: str, searching: Any, end_s: float) -> list[float]:
+        """Returns the latency of each call, once for each of its queries."""
+        latencies_s: list[float] = []
+        answers, queries = self._answers[path], np.concatenate(self._queries)
+        number = self._next[path]
+        while (before_s := time.perf_counter()) < end_s:
+            asked = [(number + i) % len(queries) for i in range(BATCH)]
+            found = searching.ask_batch(queries[asked])
+            latencies_s += [time.perf_counter() - before_s] * BATCH
+            answers.update(zip(asked, found, strict=True))
+            number += BATCH
         self._next[path] = number
         return latencies_s
 
@@ -113,9 +135,14 @@ _OPEN: dict[str, Any] = {
     "raw_paced": RawSearch,
     "raw_segments": SegmentsSearch,
     "link": LinkSearch,
-    "grpc": GrpcSearch,
-    "grpc_payload": lambda setup: GrpcSearch(setup, with_payload=True),
+    "raw_cores": RawThreads,
+    "raw_batch": RawThreads,
+    "sdk": SdkSearch,
+    "grpc": lambda setup: SdkSearch(setup, transport="grpc"),
+    "sdk_payload": lambda setup: SdkSearch(setup, with_payload=True),
+    "sdk_batch": SdkSearch,
     "stages": StagedSearch,
+    "grpc_stages": lambda setup: StagedSearch(setup, transport="grpc"),
 }
 
 

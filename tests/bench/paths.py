@@ -3,7 +3,9 @@
     raw           FAISS in this process: one index over all rows, rescored exactly
     raw segments  the same kernels over the segments that the shard happens to have
     link          a shard server without Ray, called over a link
-    grpc          SDK, gRPC, coordinator, link, shard server: what users get
+    grpc          SDK, gRPC, coordinator, link, shard server: what other languages get
+    sdk           the same over a fast lane instead of gRPC: what users of the SDK get
+    …_batch       64 queries in one call; raw on as many threads as there are cores
 
 Each answers with whatever it calls a hit; `rows_of` turns that into rows after the clock stopped.
 """
@@ -11,10 +13,13 @@ Each answers with whatever it calls a hit; `rows_of` turns that into rows after 
 import asyncio
 import functools
 import json
+import os
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +50,8 @@ QUERIES: Final = "queries.npy"
 CODES: Final = "codes"
 TIMEOUT_S: Final = 30.0
 SHARD: Final = ShardNumber(0)
+BATCH: Final = 64
+CORES: Final = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,10 @@ class RawSearch:
 
     def ask(self, query: Floats) -> npt.NDArray[np.int64]:
         rows: npt.NDArray[np.int64] = self._index.search(query, K, depth=self._depth)[1][0]
+        return rows
+
+    def ask_batch(self, queries: Floats) -> npt.NDArray[np.int64]:
+        rows: npt.NDArray[np.int64] = self._index.search(queries, K, depth=self._depth)[1]
         return rows
 
 
@@ -155,11 +166,46 @@ class LinkSearch:
         self._runner.close()
 
 
-class GrpcSearch:
+class RawThreads:
+    """The same index, all cores: a thread each, as many searches at once."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._raw = RawSearch(setup)
+        self._pool = ThreadPoolExecutor(CORES)
+
+    def ask_batch(self, queries: Floats) -> list[npt.NDArray[np.int64]]:
+        parts = self._pool.map(self._raw.ask_batch, np.array_split(queries, CORES))
+        return [rows for part in parts for rows in part]
+
+    def ask_for(self, queries: Sequence[Floats], seconds: float) -> list[float]:
+        """Returns the latencies of searches that both threads do one after the other."""
+
+        def work(first: int) -> list[float]:
+            latencies_s, number = [], first
+            end_s = time.perf_counter() + seconds
+            while (before_s := time.perf_counter()) < end_s:
+                self._raw.ask(queries[number % len(queries)])
+                latencies_s.append(time.perf_counter() - before_s)
+                number += CORES
+            return latencies_s
+
+        return [each for part in self._pool.map(work, range(CORES)) for each in part]
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+class SdkSearch:
     """The SDK's synchronous client, as its README shows it."""
 
-    def __init__(self, setup: Setup, *, with_payload: bool = False) -> None:
-        self._client = shoal.Client(setup.grpc_address, timeout_s=TIMEOUT_S)
+    def __init__(
+        self,
+        setup: Setup,
+        *,
+        transport: Literal["auto", "grpc"] = "auto",
+        with_payload: bool = False,
+    ) -> None:
+        self._client = shoal.Client(setup.grpc_address, timeout_s=TIMEOUT_S, transport=transport)
         self._collection = self._client.collection(setup.collection)
         self._with_payload = with_payload
 
@@ -168,6 +214,10 @@ class GrpcSearch:
         if self._with_payload:
             return [hit.id for hit in found.hits]
         return found.ids
+
+    def ask_batch(self, queries: Floats) -> list[list[str]]:
+        found = self._collection.search_batch(queries, k=K, with_payload=False)
+        return [each.ids for each in found]
 
     def close(self) -> None:
         self._client.close()

@@ -7,11 +7,15 @@ from tests.bench.stages import STAGES
 
 _PATH_NAMES: Final = {
     "raw": "raw FAISS, in process",
-    "raw_paced": "raw FAISS, paced like gRPC",
+    "raw_paced": "raw FAISS, paced like the SDK",
     "raw_segments": "raw, the shard's segments",
     "link": "through a link",
+    "sdk": "SDK as installed (lane)",
     "grpc": "through gRPC and SDK",
-    "grpc_payload": "the same with payloads",
+    "sdk_payload": "SDK with payloads",
+    "raw_cores": "raw FAISS, a thread a core",
+    "raw_batch": "raw FAISS, batches of 64",
+    "sdk_batch": "SDK, batches of 64",
 }
 
 
@@ -33,18 +37,31 @@ def render(bench: Mapping[str, Any]) -> str:
     lines += [_path_line(each) for each in bench["paths"]]
     lines += [
         "",
-        f"gRPC p50 minus raw p50, one client: {bench['p50_minus_raw_ms_1_client']:.2f} ms "
-        f"(target at most {bench['target_ms']} on an idle machine); minus raw at the same pace: "
-        f"{bench['p50_minus_raw_paced_ms_1_client']:.2f} ms",
+        f"p50 minus raw p50, one client: gRPC {bench['p50_minus_raw_ms_1_client_grpc']:.2f} ms "
+        f"(target at most {bench['target_ms']} on an idle machine), SDK "
+        f"{bench['p50_minus_raw_ms_1_client_tight']:.2f} ms; SDK minus raw at the same pace "
+        f"{bench['p50_minus_raw_ms_1_client']:.2f} ms",
+        f"queries/s over raw FAISS on all cores: SDK, {bench['size']['clients']} clients "
+        f"{bench['e2e_over_raw_8_clients_100k']:.2f}, gRPC {bench['grpc_over_raw_8_clients']:.2f}, "
+        f"batches of 64 over raw batches {bench['e2e_over_raw_batch64']:.2f}",
         "",
-        f"stages of a query through gRPC, ms (typical of {bench['stages_queries']} with explain)",
+        f"stages of a query, ms (typical of {bench['stages_queries']} with explain)",
+        f"  {'':12}{'SDK':>8}{'gRPC':>8}",
     ]
-    spent = bench["stages_ms"]
-    lines += [f"  {stage:12}{spent[stage]:8.3f}  {meaning}" for stage, meaning in STAGES]
+    spent, over_grpc = bench["stages_ms"], bench["grpc_stages_ms"]
     lines += [
-        f"  {'sum':12}{bench['stages_sum_ms']:8.3f}  end to end p50 {spent['end to end p50']:.3f}",
-        "processor time of a query through gRPC, ms: "
+        f"  {stage:12}{spent[stage]:8.3f}{over_grpc[stage]:8.3f}  {meaning}"
+        for stage, meaning in STAGES
+    ]
+    lines += [
+        f"  {'sum':12}{bench['stages_sum_ms']:8.3f}{bench['grpc_stages_sum_ms']:8.3f}  end to end "
+        f"p50 {spent['end to end p50']:.3f} and {over_grpc['end to end p50']:.3f}",
+        "processor time of a query, ms: "
         + ", ".join(f"{role} {ms:.2f}" for role, ms in bench["processor_ms_per_query"].items()),
+        "the same over gRPC, ms: "
+        + ", ".join(
+            f"{role} {ms:.2f}" for role, ms in bench["grpc_processor_ms_per_query"].items()
+        ),
         "",
     ]
     load = bench["load"]

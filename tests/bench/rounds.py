@@ -1,4 +1,4 @@
-"""Measures the paths in turns: raw, paced, link, gRPC, raw, …, so all meet the same disturbance."""
+"""Measures the paths in turns: raw, paced, link, SDK, raw, …, so all meet the same disturbance."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +14,19 @@ from tests.bench.machine import processor_seconds, title_of
 from tests.bench.processes import CallerProcess
 from tests.bench.stages import typical_ms
 
-PATHS: Final = ("raw", "raw_paced", "raw_segments", "link", "grpc", "grpc_payload")
-PATHS_OF_MANY: Final = ("raw", "link", "grpc")
+PATHS: Final = (
+    "raw",
+    "raw_paced",
+    "raw_segments",
+    "link",
+    "sdk",
+    "grpc",
+    "sdk_payload",
+    "raw_cores",
+    "raw_batch",
+    "sdk_batch",
+)
+PATHS_OF_MANY: Final = ("raw", "link", "sdk", "grpc")
 WARM_UP_S: Final = 0.3
 
 
@@ -73,8 +84,8 @@ def measure_paths(
         for path in paths:
             pace = {"gap_s": gap_s} if path == "raw_paced" else {}
             collected[path].add(_ask_all(callers, {"path": path, "seconds": seconds, **pace}))
-        # As long as a client of gRPC leaves the index idle between two searches.
-        gap_s = max(0.0, _median(collected["grpc"].p50_us) - _median(collected["raw"].p50_us)) / 1e6
+        # As long as a client of the SDK leaves the index idle between two searches.
+        gap_s = max(0.0, _median(collected["sdk"].p50_us) - _median(collected["raw"].p50_us)) / 1e6
     raw = collected["raw"]
     return [
         PathFigures(
@@ -93,29 +104,29 @@ def measure_paths(
 
 
 def measure_stages(
-    caller: CallerProcess, *, rounds: int, seconds: float
+    caller: CallerProcess, path: str, *, rounds: int, seconds: float
 ) -> tuple[dict[str, float], int]:
     """Returns milliseconds per stage of a typical query, and of how many queries."""
-    caller.ask({"path": "stages", "seconds": WARM_UP_S})
+    caller.ask({"path": path, "seconds": WARM_UP_S})
     samples = []
     for _ in range(rounds):
-        samples += caller.ask({"path": "stages", "seconds": seconds})["stages"]
+        samples += caller.ask({"path": path, "seconds": seconds})["stages"]
     spent = {stage: round(each, 4) for stage, each in typical_ms(samples).items()}
     spent["end to end p50"] = round(float(np.median([s["end to end"] for s in samples])), 4)
     return spent, len(samples)
 
 
 def measure_processor_time(
-    caller: CallerProcess, cluster: RunningCluster, *, seconds: float
+    caller: CallerProcess, cluster: RunningCluster, path: str, *, seconds: float
 ) -> dict[str, float]:
-    """Returns milliseconds of processor time that one query through gRPC takes, by process.
+    """Returns milliseconds of processor time that one query along the path takes, by process.
 
     Unlike latency it does not grow with what else runs on the machine, caches aside.
     """
     processes = [*processes_of(cluster), psutil.Process(caller.pid)]
     roles = {process.pid: _role(process, caller) for process in processes}
     before_s = processor_seconds(processes)
-    queries = len(caller.ask({"path": "grpc", "seconds": seconds})["latencies_us"])
+    queries = len(caller.ask({"path": path, "seconds": seconds})["latencies_us"])
     after_s = processor_seconds(processes)
     spent_ms = dict.fromkeys(("client", "coordinator", "shard server", "everything else"), 0.0)
     for pid in before_s.keys() & after_s.keys():
@@ -143,7 +154,8 @@ def _ask_all(callers: Sequence[CallerProcess], order: dict[str, Any]) -> list[di
 
 
 def _recall(caller: CallerProcess, path: str, corpus: BenchCorpus) -> float:
-    answered = caller.ask({"found": path})["found"]
+    # raw_cores keeps no answers: they are raw's.
+    answered = caller.ask({"found": "raw" if path == "raw_cores" else path})["found"]
     numbers = [int(query) for query in answered]
     found = np.array(list(answered.values()), dtype=np.int64).reshape(-1, K)
     return corpus.recall(found, np.array(numbers))

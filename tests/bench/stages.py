@@ -7,20 +7,20 @@ the link between coordinator and shard.
 
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Literal
 
-import grpc
 import numpy as np
 
 from shoal.calls import Calls
-from shoal.rpc import CHANNEL_OPTIONS, Method, open_lane
+from shoal.connection import Connection
+from shoal.retry import DEFAULT_RETRIES
 from shoal_protos.v1 import search_pb2
 from tests.bench.corpus import Floats, K
 from tests.bench.paths import TIMEOUT_S, Setup
 
 STAGES: Final = (
     ("sdk encode", "SDK: the request message, from the caller's vector"),
-    ("grpc", "gRPC of both ends: protobuf bytes, HTTP/2, sockets, hand-over between threads"),
+    ("transport", "lane or gRPC, both ends: protobuf bytes, sockets, hand-overs between threads"),
     ("decode", "coordinator: message to request"),
     ("plan", "coordinator: checks, unit length, which shards"),
     ("link", "coordinator to shard and back: choice of replica, frames, sockets, both loops"),
@@ -41,10 +41,12 @@ _SHARD: Final = ("wait", "queue", "search", "fetch")
 class StagedSearch:
     """Asks as the SDK's client does (shoal/connection.py), with a clock between its steps."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, transport: Literal["auto", "grpc"] = "auto") -> None:
         self._calls = Calls()
-        self._channel = grpc.insecure_channel(setup.grpc_address, options=CHANNEL_OPTIONS)
-        self._search = open_lane(setup.grpc_address, self._channel).unary[Method.SEARCH]
+        self._connection = Connection(
+            setup.grpc_address, timeout_s=TIMEOUT_S, retries=DEFAULT_RETRIES, transport=transport
+        )
+        self._route = self._connection._route()
         self._collection = setup.collection
 
     def ask(self, query: Floats) -> dict[str, float]:
@@ -60,7 +62,7 @@ class StagedSearch:
             explain=True,
         )
         encoded_s = time.perf_counter()
-        response = self._search(call.request, timeout=TIMEOUT_S)
+        response = self._route.ask(call, TIMEOUT_S)
         answered_s = time.perf_counter()
         found = call.decode(response)[0]
         assert len(found.ids) == K, f"{len(found.ids)} hits"
@@ -69,13 +71,13 @@ class StagedSearch:
         spent["sdk encode"] = (encoded_s - started_s) * 1e3
         spent["sdk decode"] = (decoded_s - answered_s) * 1e3
         in_coordinator = sum(spent[name] for name in _COORDINATOR)
-        spent["grpc"] = (answered_s - encoded_s) * 1e3 - in_coordinator
+        spent["transport"] = (answered_s - encoded_s) * 1e3 - in_coordinator
         spent["link"] = spent.pop("scatter") - sum(spent[name] for name in _SHARD)
         spent["end to end"] = (decoded_s - started_s) * 1e3
         return spent
 
     def close(self) -> None:
-        self._channel.close()
+        self._connection.close()
 
 
 def _stages_ms(explain: search_pb2.Explain) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """The data API end to end: SDK, gRPC, coordinator, links, shard servers, bucket."""
 
+from collections.abc import Iterator
+
 import grpc
 import numpy as np
 import pytest
@@ -11,6 +13,13 @@ from shoal import F, Point
 from shoal_cluster.bootstrap import RunningCluster
 
 DIMENSION = 16
+
+
+@pytest.fixture(params=["auto", "grpc"])
+def client(cluster: RunningCluster, request: pytest.FixtureRequest) -> Iterator[shoal.Client]:
+    """Over fast lanes and over gRPC: what the SDK promises holds for both."""
+    with shoal.Client(cluster.grpc_address, timeout_s=60.0, transport=request.param) as connected:
+        yield connected
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from shoal_cluster.actors.configuration import (
     NAMESPACE,
     ClusterConfiguration,
 )
-from shoal_cluster.actors.process import make_pool
+from shoal_cluster.actors.process import lane_socket_path, make_pool
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import Indeterminate, NotFound, Outcome, ShoalError, Unavailable
@@ -165,10 +165,18 @@ class RunningEdge(Protocol):
 
 
 class StartEdge(Protocol):
-    """Starts the gRPC server at `host:port`. bootstrap.py passes it: only edge/ knows gRPC."""
+    """Starts the gRPC server at `host:port`, and fast lanes at a free port and a Unix socket.
+
+    bootstrap.py passes it: only edge/ knows gRPC. lane_socket: "" for no Unix socket.
+    """
 
     async def __call__(
-        self, address: str, searcher: Searcher, writer: Writer, control: ControllerClient
+        self,
+        address: str,
+        lane_socket: str,
+        searcher: Searcher,
+        writer: Writer,
+        control: ControllerClient,
     ) -> RunningEdge:
         """Raises: Conflict when the port is in use."""
         ...
@@ -226,6 +234,7 @@ class Coordinator:
         control = ControllerClient(self._configuration, self._board)
         server = await self._start_edge(
             f"{self._configuration.grpc_host}:{self._configuration.grpc_port}",
+            lane_socket_path(self._configuration, self._incarnation),
             searcher,
             writer,
             control,

@@ -26,10 +26,21 @@ async def start_listener(
     """Listens for links; returns the listener and the address others reach it at."""
     listener = Listener(handlers, shared_secret(configuration.secret))
     if configuration.link_host is None:
-        sockets = Path(configuration.run_directory) / "links"
-        sockets.mkdir(parents=True, exist_ok=True)
-        address = parse_address(f"unix:{sockets / name}")
+        address = parse_address(f"unix:{_sockets(configuration) / name}")
     else:
         host = configuration.link_host or ray.util.get_node_ip_address()
         address = tcp_address(host, 0)
     return listener, await listener.listen(address)
+
+
+def lane_socket_path(configuration: ClusterConfiguration, incarnation: str) -> str:
+    """Returns where a coordinator's fast lanes listen on a cluster of one machine, "" otherwise."""
+    if configuration.link_host is not None:
+        return ""
+    return str(_sockets(configuration) / f"lanes-{incarnation[:8]}")
+
+
+def _sockets(configuration: ClusterConfiguration) -> Path:
+    sockets = Path(configuration.run_directory) / "links"
+    sockets.mkdir(parents=True, exist_ok=True)
+    return sockets

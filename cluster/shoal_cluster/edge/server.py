@@ -1,5 +1,6 @@
 """Starts and stops the gRPC server of a coordinator."""
 
+import asyncio
 from dataclasses import dataclass
 
 import grpc
@@ -7,12 +8,14 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import Conflict
 from shoal_cluster.domain.ids import IdGenerator
 from shoal_cluster.domain.limits import REQUEST_BYTES_MAX
 from shoal_cluster.edge.admin import AdminService
 from shoal_cluster.edge.admission import REQUESTS_IN_FLIGHT_MAX, Admission
 from shoal_cluster.edge.collections import CollectionsService
+from shoal_cluster.edge.fast_lane import FastLanes, LanesService, start_lanes
 from shoal_cluster.edge.guard import Guard
 from shoal_cluster.edge.points import PointsService
 from shoal_cluster.edge.ports import (
@@ -23,12 +26,20 @@ from shoal_cluster.edge.ports import (
     Writing,
 )
 from shoal_cluster.edge.search import SearchService
+from shoal_cluster.edge.tickets import Tickets
 from shoal_protos.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from shoal_protos.v1.collections_pb2_grpc import add_CollectionsServicer_to_server
+from shoal_protos.v1.lanes_pb2_grpc import add_LanesServicer_to_server
 from shoal_protos.v1.points_pb2_grpc import add_PointsServicer_to_server
 from shoal_protos.v1.search_pb2_grpc import add_SearchServicer_to_server
 
-SERVICES = ("shoal.v1.Collections", "shoal.v1.Points", "shoal.v1.Search", "shoal.v1.Admin")
+SERVICES = (
+    "shoal.v1.Collections",
+    "shoal.v1.Points",
+    "shoal.v1.Search",
+    "shoal.v1.Admin",
+    "shoal.v1.Lanes",
+)
 
 MESSAGE_BYTES_MAX = 2 * REQUEST_BYTES_MAX
 """gRPC drops what is larger before we see it, with a bare RESOURCE_EXHAUSTED. Between this and
@@ -66,10 +77,16 @@ class EdgeServer:
     """A running server. address: where it listens, with the real port."""
 
     def __init__(
-        self, server: grpc.aio.Server, checks: health.aio.HealthServicer, host: str, port: int
+        self,
+        server: grpc.aio.Server,
+        checks: health.aio.HealthServicer,
+        lanes: FastLanes,
+        host: str,
+        port: int,
     ) -> None:
         self._server = server
         self._checks = checks
+        self.lanes = lanes
         self.port = port
         self.address = f"{host}:{port}"
 
@@ -82,15 +99,21 @@ class EdgeServer:
     async def close(self, drain_s: float = DRAIN_S) -> None:
         """Reports NOT_SERVING, takes no more requests, and lets those in flight finish."""
         await self._checks.enter_graceful_shutdown()
-        await self._server.stop(drain_s)
+        await asyncio.gather(self.lanes.close(drain_s), self._server.stop(drain_s))
 
 
 async def start_server(
-    address: str, services: Services, *, ids: IdGenerator, admission: Admission | None = None
+    address: str,
+    services: Services,
+    *,
+    ids: IdGenerator,
+    admission: Admission | None = None,
+    lane_socket: str = "",
 ) -> EdgeServer:
-    """Starts the gRPC server with all services, health checks and reflection.
+    """Starts the gRPC server with all services, health checks and reflection, and fast lanes.
 
-    address: `host:port`; port 0 chooses a free one. Health reports SERVING when this returns.
+    address: `host:port`; port 0 chooses a free one. lane_socket: path of a Unix socket for lanes,
+    "" for none. Health reports SERVING when this returns.
 
     Raises: Conflict naming the address when it cannot be listened on.
     """
@@ -104,6 +127,12 @@ async def start_server(
     add_PointsServicer_to_server(points, guard)  # type: ignore[arg-type]
     add_SearchServicer_to_server(SearchService(services.searching), guard)  # type: ignore[arg-type]
     add_AdminServicer_to_server(AdminService(services.status), guard)  # type: ignore[arg-type]
+    clock = SystemClock()
+    tickets = Tickets(clock, ids)
+    lanes_service = LanesService(tickets)
+    # Only what is registered before can be called over lanes: a lane opens no lanes.
+    lane_methods = dict(guard.serialised)
+    add_LanesServicer_to_server(lanes_service, guard)  # type: ignore[arg-type]
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME), server)
@@ -120,7 +149,11 @@ async def start_server(
             "is not one of this machine; choose another, or stop what uses it",
             field="address",
         ) from cause
+    lanes = await start_lanes(
+        lane_methods, tickets, host=host, socket_path=lane_socket, clock=clock, ids=ids
+    )
+    lanes_service.places = lanes.places
     await server.start()
-    edge = EdgeServer(server, checks, host, port)
+    edge = EdgeServer(server, checks, lanes, host, port)
     await edge.set_serving(True)
     return edge

@@ -1,35 +1,16 @@
 """How an error ends an RPC: its gRPC status, and its details in the trailing metadata."""
 
-from collections.abc import Mapping
 from typing import NoReturn
 
-import grpc
 from grpc.aio import ServicerContext
 
 from shoal_cluster.domain.errors import Outcome, ShoalError
+from shoal_protos.status import ERROR_DETAIL_KEY, STATUS_OF_KIND
 from shoal_protos.v1 import types_pb2 as pb
-
-ERROR_METADATA_KEY = "shoal-error-bin"
 
 MESSAGE_BYTES_MAX, FIELD_BYTES_MAX, STATUS_MESSAGE_BYTES_MAX = 2400, 300, 900
 """gRPC bounds all metadata of a reply to 8 KiB, and drops an error that exceeds it. Details travel
 in base64 (4/3 of 3,000 bytes), the status message percent-encoded (up to 3 times its bytes)."""
-
-STATUS_OF_KIND: Mapping[str, grpc.StatusCode] = {
-    "invalid_request": grpc.StatusCode.INVALID_ARGUMENT,
-    "unauthenticated": grpc.StatusCode.UNAUTHENTICATED,
-    "permission_denied": grpc.StatusCode.PERMISSION_DENIED,
-    "not_found": grpc.StatusCode.NOT_FOUND,
-    "already_exists": grpc.StatusCode.ALREADY_EXISTS,
-    "conflict": grpc.StatusCode.ABORTED,
-    "overloaded": grpc.StatusCode.RESOURCE_EXHAUSTED,
-    "unavailable": grpc.StatusCode.UNAVAILABLE,
-    "not_primary": grpc.StatusCode.UNAVAILABLE,
-    "indeterminate": grpc.StatusCode.UNKNOWN,
-    "corrupt": grpc.StatusCode.DATA_LOSS,
-    "internal": grpc.StatusCode.INTERNAL,
-}
-"""One entry for each kind of domain/errors.py; the same table is in types.proto."""
 
 _OUTCOMES = {
     Outcome.NOT_APPLIED: pb.OUTCOME_NOT_APPLIED,
@@ -54,7 +35,7 @@ async def refuse(context: "ServicerContext[object, object]", error: ShoalError) 
     await context.abort(
         STATUS_OF_KIND[error.kind],
         _shortened(detail.message, STATUS_MESSAGE_BYTES_MAX),
-        ((ERROR_METADATA_KEY, detail.SerializeToString()),),
+        ((ERROR_DETAIL_KEY, detail.SerializeToString()),),
     )
     raise AssertionError("abort raises")
 

@@ -37,7 +37,7 @@ class CountingIds:
         return self._count.to_bytes(16, "big")
 
     def hex(self, size_bytes: int) -> str:
-        return self.put_id().hex()[-2 * size_bytes :]
+        return self.put_id().hex().zfill(2 * size_bytes)[-2 * size_bytes :]
 
 
 class FakeControl:

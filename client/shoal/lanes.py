@@ -1,0 +1,332 @@
+"""Fast lanes: the API's calls over links instead of gRPC (docs/design/fast-lane.md).
+
+A lane is never needed: whatever keeps one from being opened, `call` returns None and the caller
+goes by gRPC. Only a request that was written and not answered is an error here, because then the
+caller must know that a write may have been applied.
+
+This module has what both transports share, and the blocking one: each call has a connection for
+itself while it lasts, so the thread that asked is the one that is woken, and no other.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from shoal.errors import KINDS, Internal, ShoalError
+from shoal.rpc import error_of_lost_call
+from shoal_protos.frames import (
+    FRAME_BYTES_MAX,
+    Buffer,
+    Frame,
+    FrameDecoder,
+    FrameError,
+    FrameType,
+    encode_frame,
+)
+from shoal_protos.handshake import (
+    HANDSHAKE_BYTES_MAX,
+    NONCE_BYTES,
+    CallerHandshake,
+    HandshakeRefused,
+)
+from shoal_protos.lanes import TOO_LARGE
+from shoal_protos.v1 import lanes_pb2
+
+OPEN_S: Final = 0.5
+"""For asking where lanes are and opening one; then gRPC carries on without."""
+
+RETRY_S_MIN: Final = 0.5
+RETRY_S_MAX: Final = 30.0
+"""Before lanes are tried again after a failure; doubles. A blocked port costs OPEN_S each time."""
+
+LANES_MAX: Final = 32
+"""Connections of one blocking client: more threads than that go by gRPC."""
+
+REQUEST_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024
+_RECEIVE_BYTES: Final = 256 * 1024
+
+Ask = Callable[[float], lanes_pb2.ConnectResponse]
+"""Asks a coordinator over gRPC for a ticket, within so many seconds; raises what gRPC does."""
+
+
+class LaneUnusable(Exception):
+    """No lane can be opened, or this one broke before the request was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Where and with what a lane is opened. until_s: monotonic, when the ticket expires."""
+
+    socket_path: str
+    host: str
+    port: int
+    ticket: str
+    secret: bytes
+    until_s: float
+
+
+def offer_of(response: lanes_pb2.ConnectResponse, grpc_address: str, now_s: float) -> Offer:
+    return Offer(
+        socket_path=response.socket_path,
+        host=host_of(grpc_address),
+        port=response.port,
+        ticket=response.ticket,
+        secret=response.secret,
+        until_s=now_s + response.lifetime_ms / 1000,
+    )
+
+
+def host_of(grpc_address: str) -> str:
+    """Returns the host of a gRPC target like `host:port`, "" of a target of another kind."""
+    host, _, port = grpc_address.rpartition(":")
+    host = host.removeprefix("dns:").removeprefix("ipv4:").removeprefix("///")
+    if not port.isdigit() or "/" in host:
+        return ""
+    return host.removeprefix("[").removesuffix("]")
+
+
+class Pause:
+    """When lanes may be tried next: doubling after each failure, at once after a success."""
+
+    def __init__(self) -> None:
+        self._wait_s = RETRY_S_MIN
+        self._until_s = 0.0
+
+    def over(self, now_s: float) -> bool:
+        return now_s >= self._until_s
+
+    def failed(self, now_s: float) -> None:
+        self._until_s = now_s + self._wait_s
+        self._wait_s = min(2 * self._wait_s, RETRY_S_MAX)
+
+    def succeeded(self) -> None:
+        self._wait_s = RETRY_S_MIN
+
+
+def error_of_frame(header: object) -> ShoalError:
+    """Rebuilds the error that an ERROR frame carries."""
+    if not isinstance(header, dict):
+        return Internal(
+            f"the server sent an error that cannot be read: {header!r:.200}",
+            outcome="maybe_applied",
+        )
+    applied = header.get("outcome")
+    return KINDS.get(str(header.get("kind")), Internal)(
+        str(header.get("message", "")),
+        outcome="not_applied" if applied == "not_applied" else "maybe_applied",
+        field=header.get("field"),
+        limit=header.get("limit"),
+        retry_after_ms=header.get("retry_after_ms"),
+    )
+
+
+def reply_of(frame: Frame) -> memoryview | None:
+    """Returns the serialised response; None when it must be asked for over gRPC.
+
+    Raises: the ShoalError that the server answered with.
+    """
+    if frame.type is FrameType.ERROR:
+        raise error_of_frame(frame.header)
+    if frame.header == TOO_LARGE:
+        return None
+    return frame.body
+
+
+class BlockingLanes:
+    """The lanes to one coordinator. Safe to use from several threads."""
+
+    def __init__(self, grpc_address: str, ask: Ask) -> None:
+        self._address = grpc_address
+        self._ask = ask
+        self._lock = threading.Lock()
+        self._idle: list[BlockingLane] = []
+        self._open = 0
+        self._pause = Pause()
+        self._offer: Offer | None = None
+        self._closed = False
+
+    def call(
+        self, path: str, request: bytes, timeout_s: float, *, is_write: bool
+    ) -> memoryview | None:
+        """Returns the serialised response, or None: ask over gRPC instead, nothing was applied.
+
+        Raises: what the server answered; Unavailable for a read, and Indeterminate for a write,
+        that was written to a lane and not answered in time.
+        """
+        if len(request) > REQUEST_BYTES_MAX:
+            return None
+        deadline_s = time.monotonic() + timeout_s
+        lane = self._take(timeout_s)
+        if lane is None:
+            return None
+        sound = False
+        try:
+            reply = lane.call(path, request, deadline_s)
+            sound = True
+        except LaneUnusable:
+            return None
+        except TimeoutError as error:
+            reason = f"no answer from {self._address} over a lane in time"
+            raise error_of_lost_call(reason, is_write=is_write) from error
+        except (OSError, FrameError) as error:
+            reason = f"the lane to {self._address} broke: {error or type(error).__name__}"
+            raise error_of_lost_call(reason, is_write=is_write) from error
+        finally:
+            self._give_back(lane, sound)
+        return reply_of(reply)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            lanes, self._idle = self._idle, []
+        for lane in lanes:
+            lane.close()
+
+    def _take(self, timeout_s: float) -> "BlockingLane | None":
+        with self._lock:
+            if self._closed:
+                return None
+            while self._idle:
+                lane = self._idle.pop()
+                if lane.is_open():
+                    return lane
+                lane.close()
+                self._open -= 1
+            if self._open >= LANES_MAX or not self._pause.over(time.monotonic()):
+                return None
+            self._open += 1
+        try:
+            # A quarter: what is left must do for gRPC.
+            lane = self._connect(min(OPEN_S, timeout_s / 4))
+        except LaneUnusable:
+            with self._lock:
+                self._open -= 1
+                self._offer = None
+                self._pause.failed(time.monotonic())
+            return None
+        with self._lock:
+            self._pause.succeeded()
+        return lane
+
+    def _connect(self, timeout_s: float) -> "BlockingLane":
+        deadline_s = time.monotonic() + timeout_s
+        offer = self._offer
+        if offer is None or offer.until_s <= time.monotonic():
+            try:
+                offer = offer_of(self._ask(timeout_s), self._address, time.monotonic())
+            except Exception as error:  # whatever gRPC raises: the call itself will show it
+                raise LaneUnusable(str(error)) from error
+            self._offer = offer
+        return BlockingLane(_connected(offer, deadline_s), offer, deadline_s)
+
+    def _give_back(self, lane: "BlockingLane", sound: bool) -> None:
+        with self._lock:
+            if sound and not self._closed:
+                self._idle.append(lane)
+                return
+            self._open -= 1
+        lane.close()
+
+
+def _connected(offer: Offer, deadline_s: float) -> socket.socket:
+    if offer.socket_path and os.path.exists(offer.socket_path):
+        unix = socket.socket(socket.AF_UNIX)
+        try:
+            unix.settimeout(_left_s(deadline_s))
+            unix.connect(offer.socket_path)
+        except OSError:  # not ours to use, or left behind: the port may still do
+            unix.close()
+        else:
+            return unix
+    if not offer.port or not offer.host:
+        raise LaneUnusable("no lane is offered")
+    try:
+        tcp = socket.create_connection((offer.host, offer.port), _left_s(deadline_s))
+    except OSError as error:
+        raise LaneUnusable(str(error)) from error
+    tcp.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return tcp
+
+
+def _left_s(deadline_s: float) -> float:
+    """Returns the seconds left, never 0: that would mean not to block at all."""
+    return max(deadline_s - time.monotonic(), 0.001)
+
+
+class BlockingLane:
+    """One authenticated connection; one call at a time."""
+
+    def __init__(self, connected: socket.socket, offer: Offer, deadline_s: float) -> None:
+        self._socket = connected
+        self._decoder = FrameDecoder(frame_bytes_max=HANDSHAKE_BYTES_MAX)
+        self._last_id = 0
+        try:
+            self._authenticate(offer, deadline_s)
+        except (OSError, FrameError, HandshakeRefused) as error:
+            self.close()
+            raise LaneUnusable(str(error)) from error
+        self._decoder.frame_bytes_max = FRAME_BYTES_MAX
+
+    def call(self, path: str, request: bytes, deadline_s: float) -> Frame:
+        """Returns the REPLY or ERROR frame.
+
+        Raises: LaneUnusable when nothing was written; TimeoutError, OSError or FrameError when the
+        request was: the lane must be closed then.
+        """
+        self._last_id = request_id = self._last_id + 1
+        timeout_s = deadline_s - time.monotonic()
+        if timeout_s <= 0:
+            raise LaneUnusable("the deadline passed")
+        header = (path, int(timeout_s * 1000) + 1, None)
+        buffers = encode_frame(FrameType.REQUEST, request_id, header, request)
+        try:
+            self._send(buffers, deadline_s)
+        except OSError as error:  # not all of it was written, so it cannot have been read
+            raise LaneUnusable(str(error)) from error
+        while True:
+            for frame in self._receive(deadline_s):
+                if frame.request_id == request_id and frame.type in _ANSWERS:
+                    return frame
+                # NOTIFY: the listener drains; the next call finds the lane closed, or is refused.
+
+    def is_open(self) -> bool:
+        """Says whether the peer has neither closed the connection nor said anything unasked."""
+        try:
+            self._socket.setblocking(False)
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _authenticate(self, offer: Offer, deadline_s: float) -> None:
+        handshake = CallerHandshake(offer.secret, name=offer.ticket, nonce=os.urandom(NONCE_BYTES))
+        self._send(encode_frame(FrameType.HELLO, 0, handshake.hello()), deadline_s)
+        while not handshake.done:
+            for frame in self._receive(deadline_s):
+                answer = handshake.receive(frame)
+                if answer is not None:
+                    self._send(encode_frame(FrameType.HELLO, 0, answer), deadline_s)
+
+    def _send(self, buffers: Sequence[Buffer], deadline_s: float) -> None:
+        self._socket.settimeout(_left_s(deadline_s))
+        for buffer in buffers:
+            self._socket.sendall(buffer)
+
+    def _receive(self, deadline_s: float) -> list[Frame]:
+        self._socket.settimeout(_left_s(deadline_s))
+        received = self._socket.recv(_RECEIVE_BYTES)
+        if not received:
+            raise ConnectionResetError("the coordinator closed it")
+        return self._decoder.feed(received)
+
+
+_ANSWERS: Final = (FrameType.REPLY, FrameType.ERROR)
