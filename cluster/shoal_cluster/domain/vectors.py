@@ -5,6 +5,7 @@ computes the squared lengths, which tell finite, zero and too long at once; only
 is looked at row by row.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -21,10 +22,10 @@ LENGTH_MAX = 1e18
 
 _SQUARED_MAX = np.float32(LENGTH_MAX * LENGTH_MAX)
 
-_SQUARED_SAFE_MIN, _SQUARED_SAFE_MAX = np.float32(1e-24), np.float32(1e36)
+_SQUARED_SAFE_MIN, _SQUARED_SAFE_MAX = 1e-24, 1e36
 """Between these a float32 sum of squares keeps its precision; outside, float64 decides."""
 
-_UNIT_TOLERANCE = np.float32(2e-6)
+_UNIT_TOLERANCE = 2e-6
 """Vectors this close to squared length 1 stay as they are, so that they are given back bit for bit.
 
 A float32 vector that its model normalised is off by some 1e-7 times the square root of its length.
@@ -44,6 +45,14 @@ def prepare_vectors(
     """
     # An infinite or enormous value overflows here on purpose; the comparisons below see it.
     with np.errstate(over="ignore", invalid="ignore"):
+        if len(vectors) == 1 and metric is Metric.COSINE:
+            # A query on its own: the way below takes five times as long for one row.
+            square = float(np.dot(vectors[0], vectors[0]))
+            if _SQUARED_SAFE_MIN < square < _SQUARED_SAFE_MAX:
+                if abs(square - 1) < _UNIT_TOLERANCE:
+                    return vectors, np.ones(1)
+                norm = math.sqrt(square)
+                return vectors / np.float32(norm), np.array([norm])
         squared = np.einsum("ij,ij->i", vectors, vectors)
     if metric is not Metric.COSINE:
         if not (squared <= _SQUARED_MAX).all():
