@@ -227,12 +227,16 @@ def _merge(parts: Sequence[_Part], order: SearchOrder, snapshot: Snapshot) -> Sh
 def _hits_of_segment(part: _Part, snapshot: Snapshot) -> ShardHits:
     """Returns what one segment found as it stands: its rows, hence its ties, are in id order."""
     reader = snapshot.segments[part.number].reader
-    real = part.rows >= 0
-    rows = part.rows[real]
+    queries, k = part.rows.shape
+    if part.rows.size and part.rows.min() >= 0:
+        counts, rows, keys = [k] * queries, part.rows.ravel(), part.keys.ravel()
+    else:
+        real = part.rows >= 0
+        counts, rows, keys = real.sum(axis=1).tolist(), part.rows[real], part.keys[real]
     return ShardHits(
-        counts=np.count_nonzero(real, axis=1).tolist(),
+        counts=counts,
         ids=reader.ids_of(rows),
-        keys=part.keys[real],
+        keys=keys,
         seqs=reader.seqs[rows].tolist(),
         places=[(part.number, row) for row in rows.tolist()],
     )
