@@ -15,6 +15,7 @@ from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import Position
 from shoal_cluster.domain.shard_caller import ShardCaller, TopologySource
 from shoal_cluster.domain.topology import Topology
+from shoal_cluster.query.batching import Parsed, SearchBatches
 from shoal_cluster.query.gather import gather
 from shoal_cluster.query.merge import Hits, hits_of, merge_top_k, no_hits
 from shoal_cluster.query.plan import (
@@ -65,17 +66,15 @@ class SearchResult:
     explain: SearchExplain | None = None
 
 
-Parsed = tuple[SearchReply, Hits]
-
-
 class Searcher:
     """Answers searches of one coordinator. Used from one event loop."""
 
     def __init__(self, *, caller: ShardCaller, topology: TopologySource, clock: Clock) -> None:
         self._topology = topology
         self._clock = clock
-        self._reads = ReplicaReads(caller=caller, topology=topology, clock=clock)
-        self._rows = RowReader(reads=self._reads, topology=topology, clock=clock)
+        reads = ReplicaReads(caller=caller, topology=topology, clock=clock)
+        self._batches = SearchBatches(reads)
+        self._rows = RowReader(reads=reads, topology=topology, clock=clock)
 
     @property
     def rows(self) -> RowReader:
@@ -134,24 +133,23 @@ class Searcher:
         parse = functools.partial(
             _parse, dimension=plan.schema.dimension, with_vector=request.with_vector
         )
-        reads = [
-            self._reads.read(
-                ShardRead(
-                    collection=plan.schema.name,
-                    collection_id=plan.schema.id,
-                    shard=shard,
-                    method=SearchCall.METHOD,
-                    header=plan.call(shard, request).to_wire(),
-                    body=body,
-                    parse=parse,
-                    consistency=request.freshness.consistency,
-                    kind="search_exact" if request.exact else "search",
-                ),
-                topology,
-                deadline_s=deadline_s,
+        reads = []
+        for shard in plan.shards:
+            call = plan.call(shard, request)
+            read = ShardRead(
+                collection=plan.schema.name,
+                collection_id=plan.schema.id,
+                shard=shard,
+                method=SearchCall.METHOD,
+                header=call.to_wire(),
+                body=body,
+                parse=parse,
+                consistency=request.freshness.consistency,
+                kind="search_exact" if request.exact else "search",
             )
-            for shard in plan.shards
-        ]
+            reads.append(
+                self._batches.read(read, call, len(plan.queries), topology, deadline_s=deadline_s)
+            )
         return await gather(reads)
 
     async def _stored_vectors(

@@ -9,7 +9,7 @@ import pytest
 
 from shoal_cluster.domain.schema import Metric
 from shoal_cluster.shard import search, search_queue
-from shoal_cluster.shard.search_queue import BATCH_QUERIES_MAX, INLINE_S_MAX, SearchQueue
+from shoal_cluster.shard.search_queue import INLINE_S_MAX, SearchQueue
 from tests.unit.shard.nodes import DIMENSION, LoopClock, Shard, colored, run, upsert
 
 
@@ -152,7 +152,7 @@ def test_a_search_of_many_queries_is_cut_up_and_sees_one_snapshot(tmp_path, thre
         node = await filled(tmp_path)
         compute = HeldCompute()
         queue = SearchQueue(compute, SlowClock(), workers=2)
-        asked = order(*(value / 2 for value in range(2 * BATCH_QUERIES_MAX + 3)))
+        asked = order(*(value / 2 for value in range(35)))
         expected = alone(node, asked)
         position = node.replica.state.position
         future = queue.search(node.replica, asked)
