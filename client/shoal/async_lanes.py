@@ -8,6 +8,7 @@ from typing import Final, cast
 
 from shoal.lanes import (
     OPEN_S,
+    RECEIVE_BYTES,
     REQUEST_BYTES_MAX,
     LaneUnusable,
     Offer,
@@ -123,7 +124,7 @@ async def _connected(offer: Offer) -> "AsyncLane":
     return lane
 
 
-class AsyncLane(asyncio.Protocol):
+class AsyncLane(asyncio.BufferedProtocol):
     """One authenticated connection.
 
     Requests of one turn of the loop are written together: one system call, and they arrive
@@ -142,6 +143,7 @@ class AsyncLane(asyncio.Protocol):
         self._last_id = 0
         self._pending: dict[int, asyncio.Future[Frame]] = {}
         self._unwritten: list[Buffer] = []
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
 
     @property
     def usable(self) -> bool:
@@ -201,7 +203,7 @@ class AsyncLane(asyncio.Protocol):
         if not self.ready.done():
             self.ready.set_exception(LaneUnusable(reason))
 
-    # -- asyncio.Protocol
+    # -- asyncio.BufferedProtocol: a Protocol would get 256 KiB of new memory at every read
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports are no subclass of asyncio's.
@@ -209,9 +211,12 @@ class AsyncLane(asyncio.Protocol):
         assert self._handshake is not None
         self._write(encode_frame(FrameType.HELLO, 0, self._handshake.hello()))
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._received
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            for frame in self._decoder.feed(data):
+            for frame in self._decoder.feed(bytes(self._received[:nbytes])):
                 if self._handshake is not None:
                     self._authenticate(self._handshake, frame)
                 elif frame.type is FrameType.NOTIFY:
