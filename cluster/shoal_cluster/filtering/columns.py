@@ -8,7 +8,7 @@ Python object per row or per value is ever made. README.md has the layout byte b
 
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import msgpack
 from pyroaring import BitMap
@@ -16,10 +16,11 @@ from pyroaring import BitMap
 from shoal_cluster.domain.errors import Corrupt, Internal
 from shoal_cluster.domain.limits import ATTRIBUTES_MAX
 from shoal_cluster.domain.schema import AttributeType, AttributeValue
-from shoal_cluster.filtering import algebra
+from shoal_cluster.filtering import algebra, bitmaps
 from shoal_cluster.filtering.algebra import Bounds, Condition
-from shoal_cluster.filtering.expression import Expression
-from shoal_cluster.filtering.literals import NUMBER_TYPES, show_names
+from shoal_cluster.filtering.expression import Exists, Expression
+from shoal_cluster.filtering.literals import NUMBER_TYPES, Scalar, show_names
+from shoal_cluster.filtering.ordering import Start
 from shoal_cluster.filtering.stored_columns import (
     BitmapCache,
     BoolColumn,
@@ -160,6 +161,39 @@ class Columns:
         Exact for one condition on numbers, bools and keywords. A few µs a condition.
         """
         return algebra.estimate(expression, self)
+
+    def value_counts(self, attribute: str, among: BitMap | None) -> Iterator[tuple[Scalar, int]]:
+        """Yields each value that some row among them has, and how many; see StoredColumn."""
+        column = self._columns.get(attribute)
+        return iter(()) if column is None else column.value_counts(among)
+
+    def in_order(
+        self,
+        attribute: str,
+        among: BitMap | None,
+        start: Start | None,
+        *,
+        descending: bool,
+        limit: int,
+    ) -> list[tuple[Scalar, int]]:
+        """Returns the first `limit` (value, row) among the rows that have a value, from `start` on.
+
+        Ordered by value, then by row ascending in both directions. Not for keyword lists.
+        """
+        column = self._columns.get(attribute)
+        if column is None:
+            return []
+        return column.in_order(among, start, descending=descending, limit=limit)
+
+    def missing(self, attribute: str, among: BitMap | None) -> BitMap:
+        """Returns the rows among them that have no value, as a bitmap that the caller owns."""
+        rows = bitmaps.all_rows(self._rows) if among is None else among
+        return rows - self.leaf_rows(Exists(attribute))
+
+    def distinct_words(self, attribute: str) -> int:
+        """Returns how many values a walk over a keyword attribute passes; 0 for other types."""
+        column = self._columns.get(attribute)
+        return column.distinct if isinstance(column, KeywordColumn) else 0
 
     def leaf_rows(self, leaf: Condition) -> BitMap:
         column = self._columns.get(leaf.attribute)

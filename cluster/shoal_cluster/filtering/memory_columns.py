@@ -92,6 +92,13 @@ class MemoryColumns:
         """
         return algebra.evaluate(expression, _Snapshot(self._cells, self._visible(rows)))
 
+    def values_of(
+        self, attribute: str, rows: npt.NDArray[np.int64]
+    ) -> Sequence[AttributeValue | None]:
+        """Returns the value of each row, None where it is missing."""
+        column = self._cells.get(attribute)
+        return [None] * len(rows) if column is None else column.values_of(rows)
+
     def estimate(self, expression: Expression, *, rows: int | None = None) -> Bounds:
         """Returns (low, high), which the number of matching rows lies between; coarse and cheap."""
         return algebra.estimate(expression, _Snapshot(self._cells, self._visible(rows)))
@@ -139,6 +146,10 @@ class _Cells(Protocol):
         """Returns False only when no row can match, at the cost of a dictionary look-up."""
         ...
 
+    def values_of(self, rows: npt.NDArray[np.int64]) -> list[Any]:
+        """Returns the value of each of the visible rows, None where it is missing."""
+        ...
+
 
 class _CodedCells:
     """Keyword or bool: a dictionary of values and each row's code."""
@@ -169,6 +180,12 @@ class _CodedCells:
 
     def possible(self, leaf: Condition) -> bool:
         return not isinstance(leaf, Comparison) or leaf.value in self._code_of
+
+    def values_of(self, rows: npt.NDArray[np.int64]) -> list[Any]:
+        codes = np.frombuffer(self._codes, dtype=np.uint32)[rows].tolist()
+        # Codes count from 1 in the order of the dictionary; read after them, it has them all.
+        values = [None, *self._code_of]
+        return [values[code] for code in codes]
 
 
 class _ListCells:
@@ -226,6 +243,19 @@ class _ListCells:
     def possible(self, leaf: Condition) -> bool:
         return not isinstance(leaf, AllOf) or all(word in self._code_of for word in leaf.values)
 
+    def values_of(self, rows: npt.NDArray[np.int64]) -> list[Any]:
+        pairs = self._pairs
+        pair_rows = np.frombuffer(self._pair_rows, dtype=np.uint32, count=pairs)
+        pair_codes = np.frombuffer(self._pair_codes, dtype=np.uint32, count=pairs)
+        present = np.frombuffer(self._present, dtype=np.bool_)[rows].tolist()
+        begins = pair_rows.searchsorted(rows, "left").tolist()
+        ends = pair_rows.searchsorted(rows, "right").tolist()
+        words = [None, *self._code_of]
+        return [
+            [words[code] for code in pair_codes[begin:end].tolist()] if there else None
+            for there, begin, end in zip(present, begins, ends, strict=True)
+        ]
+
 
 class _NumberCells:
     """Int, timestamp or float: the values, and which of them are present."""
@@ -266,6 +296,11 @@ class _NumberCells:
 
     def possible(self, leaf: Condition) -> bool:
         return True
+
+    def values_of(self, rows: npt.NDArray[np.int64]) -> list[Any]:
+        values: list[Any] = np.frombuffer(self._values, dtype=self._dtype)[rows].tolist()
+        present = np.frombuffer(self._present, dtype=np.bool_)[rows].tolist()
+        return [value if there else None for value, there in zip(values, present, strict=True)]
 
 
 def _make_cells(kind: AttributeType, capacity: int) -> _Cells:

@@ -30,6 +30,7 @@ from shoal_cluster.filtering.expression import (
     Operator,
 )
 from shoal_cluster.filtering.literals import Scalar
+from shoal_cluster.filtering.ordering import Start, numbers_in_order
 
 Sections = Sequence[memoryview]
 
@@ -96,6 +97,19 @@ class StoredColumn(Protocol):
     def leaf_rows(self, leaf: Condition) -> BitMap: ...
 
     def leaf_bounds(self, leaf: Condition) -> Bounds: ...
+
+    def value_counts(self, among: BitMap | None) -> Iterator[tuple[Scalar, int]]:
+        """Yields each value that some row among them has, and how many have it.
+
+        among: None for every row. A row counts once for each element of its list.
+        """
+        ...
+
+    def in_order(
+        self, among: BitMap | None, start: Start | None, *, descending: bool, limit: int
+    ) -> list[tuple[Scalar, int]]:
+        """Returns the first `limit` (value, row) among the rows, rows ascending among equals."""
+        ...
 
 
 Values = Mapping[int, AttributeValue]
@@ -173,6 +187,48 @@ class KeywordColumn:
                 return self._bounds_of_many(words, every=isinstance(leaf, AllOf))
             case _:
                 raise _unanswerable(self._name, leaf)
+
+    @property
+    def distinct(self) -> int:
+        """Returns how many values the dictionary has."""
+        return len(self._counts)
+
+    def value_counts(self, among: BitMap | None) -> Iterator[tuple[Scalar, int]]:
+        for position, stored in enumerate(self._counts):
+            count = stored
+            if among is not None:
+                count = among.intersection_cardinality(self._passed_by(position))
+            if count:
+                yield self._value(position).decode(), count
+
+    def in_order(
+        self, among: BitMap | None, start: Start | None, *, descending: bool, limit: int
+    ) -> list[tuple[Scalar, int]]:
+        positions = range(len(self._counts))
+        if start is not None:
+            low = self._first_not_below(str(start.value).encode(), 0)
+            if not descending:
+                positions = range(low, len(self._counts))
+            else:
+                held = self._find(str(start.value)) is not None
+                positions = range(low + 1 if held else low)
+        found: list[tuple[Scalar, int]] = []
+        for position in reversed(positions) if descending else positions:
+            bitmap = self._passed_by(position)
+            rows = bitmaps.to_rows(bitmap if among is None else among & bitmap)
+            value = self._value(position).decode()
+            if start is not None and value == start.value:
+                rows = rows[rows >= start.first_row]
+            found += ((value, row) for row in rows[: limit - len(found)].tolist())
+            if len(found) >= limit:
+                break
+        return found
+
+    def _passed_by(self, position: int) -> BitMap:
+        """Returns a bitmap for a walk over all values, which must not fill the cache with them."""
+        if len(self._counts) <= _CACHED_VALUES_MAX:
+            return self._bitmap(position)
+        return bitmaps.deserialise(self._serialised(position))
 
     def _bounds_of_many(self, words: Sequence[Scalar], *, every: bool) -> Bounds:
         if len(words) > _CACHED_VALUES_MAX:
@@ -346,6 +402,28 @@ class NumberColumn:
                 raise _unanswerable(self._name, leaf)
         return Bounds(count, count)
 
+    def value_counts(self, among: BitMap | None) -> Iterator[tuple[Scalar, int]]:
+        values = self._values
+        if among is not None:
+            values = values[self._mask(among)[self._order]]
+        if len(values):
+            starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+            counts = np.diff(np.append(starts, len(values)))
+            yield from zip(values[starts].tolist(), counts.tolist(), strict=True)
+
+    def in_order(
+        self, among: BitMap | None, start: Start | None, *, descending: bool, limit: int
+    ) -> list[tuple[Scalar, int]]:
+        chosen = None if among is None else self._mask(among)
+        return numbers_in_order(
+            self._values, self._order, chosen, start, descending=descending, limit=limit
+        )
+
+    def _mask(self, rows: BitMap) -> bitmaps.Mask:
+        mask = np.zeros(self._rows, dtype=np.bool_)
+        mask[bitmaps.to_rows(rows)] = True
+        return mask
+
     def _exists(self) -> BitMap:
         return self._cache.get((self._name, -1), lambda: self._presence)
 
@@ -445,6 +523,28 @@ class BoolColumn:
         # Two bitmaps, cached after the first use: counting is as cheap as any bound.
         count = len(self.leaf_rows(leaf))
         return Bounds(count, count)
+
+    def value_counts(self, among: BitMap | None) -> Iterator[tuple[Scalar, int]]:
+        for value in (False, True):
+            bitmap = self._bitmap(value)
+            count = len(bitmap) if among is None else among.intersection_cardinality(bitmap)
+            if count:
+                yield value, count
+
+    def in_order(
+        self, among: BitMap | None, start: Start | None, *, descending: bool, limit: int
+    ) -> list[tuple[Scalar, int]]:
+        found: list[tuple[Scalar, int]] = []
+        values: Sequence[bool] = (True, False) if descending else (False, True)
+        if start is not None:
+            values = values[values.index(bool(start.value)) :]
+        for value in values:
+            bitmap = self._bitmap(value)
+            rows = bitmaps.to_rows(bitmap if among is None else among & bitmap)
+            if start is not None and value is start.value:
+                rows = rows[rows >= start.first_row]
+            found += ((value, row) for row in rows[: limit - len(found)].tolist())
+        return found
 
     def _bitmap(self, wanted: bool) -> BitMap:
         return self._cache.get((self._name, int(wanted)), lambda: self._sections[int(wanted)])

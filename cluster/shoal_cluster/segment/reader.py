@@ -137,6 +137,11 @@ class SegmentReader:
         return self.meta.statistics
 
     @property
+    def columns(self) -> Columns:
+        """The attribute index: answers filters, counts values and walks them in order."""
+        return self._columns
+
+    @property
     def recall_curve(self) -> RecallCurve:
         return self.meta.recall_curve
 
