@@ -33,6 +33,20 @@ from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.messages import Reply, Request
 from shoal_cluster.shard.calls import CountCall, GetCall, ScrollCall, SearchCall, WriteCall
 from shoal_cluster.shard.compute import ThreadCompute
+from shoal_cluster.shard.exploring import (
+    answer_facets,
+    answer_find_groups,
+    answer_group_hits,
+    answer_range,
+    answer_scroll_ordered,
+)
+from shoal_cluster.shard.exploring_calls import (
+    FacetsCall,
+    FindGroupsCall,
+    GroupHitsCall,
+    RangeCall,
+    ScrollOrderedCall,
+)
 from shoal_cluster.shard.host import ShardHost, ShardName
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.segment_files import SegmentFiles
@@ -89,6 +103,11 @@ class ShardServer:
                 GetCall.METHOD: self._get,
                 ScrollCall.METHOD: self._scroll,
                 CountCall.METHOD: self._count,
+                RangeCall.METHOD: self._range,
+                FindGroupsCall.METHOD: self._find_groups,
+                GroupHitsCall.METHOD: self._group_hits,
+                FacetsCall.METHOD: self._facets,
+                ScrollOrderedCall.METHOD: self._scroll_ordered,
                 WriteCall.METHOD: self._write,
                 PUSH: self._push,
                 WAKE: self._wake,
@@ -150,6 +169,29 @@ class ShardServer:
     async def _count(self, request: Request) -> Reply:
         reply = await self._host.count(CountCall.from_wire(_fields(request)))
         return Reply(reply.to_wire())
+
+    async def _range(self, request: Request) -> Reply:
+        call = RangeCall.from_wire(_fields(request))
+        reply, vectors = await answer_range(self._host, call, request.body)
+        return Reply(reply.to_wire(), vectors)
+
+    async def _find_groups(self, request: Request) -> Reply:
+        call = FindGroupsCall.from_wire(_fields(request))
+        return Reply((await answer_find_groups(self._host, call, request.body)).to_wire())
+
+    async def _group_hits(self, request: Request) -> Reply:
+        call = GroupHitsCall.from_wire(_fields(request))
+        reply, vectors = await answer_group_hits(self._host, call, request.body)
+        return Reply(reply.to_wire(), vectors)
+
+    async def _facets(self, request: Request) -> Reply:
+        reply = await answer_facets(self._host, FacetsCall.from_wire(_fields(request)))
+        return Reply(reply.to_wire())
+
+    async def _scroll_ordered(self, request: Request) -> Reply:
+        call = ScrollOrderedCall.from_wire(_fields(request))
+        reply, vectors = await answer_scroll_ordered(self._host, call)
+        return Reply(reply.to_wire(), vectors)
 
     async def _write(self, request: Request) -> Reply:
         call = WriteCall.from_wire(_fields(request), request.body)

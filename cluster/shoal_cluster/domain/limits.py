@@ -23,6 +23,23 @@ REQUEST_BYTES_MAX = 32 * MIB
 SEARCH_K_MAX = 1000
 SEARCH_BATCH_MAX = 256
 SCROLL_LIMIT_MAX = 1000
+RECOMMEND_EXAMPLES_MAX = 100
+DIVERSE_CANDIDATES_MAX = 1000
+"""As SEARCH_K_MAX: candidates come with their vectors, of 4,096 floats at most 16 MiB."""
+RANGE_HITS_MAX = 100_000
+"""Hits of one range search: with ids of 20 bytes, 4 MB; whoever wants more wants a scroll."""
+SHARD_PAGE_BYTES_MAX = 4 * MIB
+"""Tails and vectors in one page of a shard: a quarter of what a frame's header may hold."""
+GATHERED_BYTES_MAX = 64 * MIB
+"""Such pages of all shards together, which a coordinator holds for one read."""
+GROUPS_MAX = 100
+GROUP_ROUNDS_MAX = 32
+"""Searches by which one shard looks for groups; each finds one at least, or that there is none."""
+FACETS_MAX = 1000
+FACET_VALUES_MAX = 100_000
+"""Distinct values under one filter, all of which travel so that counts are exact; with the next,
+half of what the header of a frame between actors holds."""
+FACET_VALUE_BYTES_MAX = 8 * MIB
 FILTER_NODES_MAX = 1000
 FILTER_DEPTH_MAX = 32
 FILTER_VALUES_MAX = 10_000

@@ -7,7 +7,7 @@ is FAILED; opening it again backs off, because every attempt reads whole segment
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from shoal_cluster.shard.calls import (
     CountCall,
     CountReply,
     GetCall,
+    ReadLevel,
     RowsReply,
     ScrollCall,
     SearchCall,
@@ -261,6 +262,14 @@ class ShardHost:
         if hosted is not None and hosted.state is ReplicaState.READY:
             hosted.replica.wake()
 
+    @contextlib.asynccontextmanager
+    async def reading(self, name: ShardName, level: ReadLevel) -> AsyncIterator[Replica]:
+        """Lends a replica that satisfies the read level; damage met meanwhile is acted on."""
+        hosted = self._ready(name)
+        await hosted.replica.wait_for(level)
+        with self._guarding(name, hosted):
+            yield hosted.replica
+
     async def search(self, call: SearchCall, body: bytes | memoryview) -> tuple[SearchReply, bytes]:
         """Answers a search; the bytes are the hits' vectors when asked for."""
         name = (call.collection, call.shard)
@@ -277,7 +286,7 @@ class ShardHost:
         clock = self._ports.clock
         schema = replica.schema
         order = search.SearchOrder(
-            queries=_queries(body, schema.dimension),
+            queries=queries_of(body, schema.dimension),
             k=call.k,
             filter=_expression(call.filter),
             exact=call.exact,
@@ -420,7 +429,7 @@ async def _retire(hosted: _Hosted) -> None:
     await hosted.replica.close()
 
 
-def _queries(body: bytes | memoryview, dimension: int) -> Vectors:
+def queries_of(body: bytes | memoryview, dimension: int) -> Vectors:
     """Returns the queries in memory of their own: a frame's body is aligned for nothing.
 
     Raises: InvalidRequest when the bytes are not whole vectors.

@@ -126,7 +126,7 @@ def _segment_rows_after(
 ) -> RowNumbers:
     """Returns the first `limit` live, matching rows with id > after, ascending."""
     reader = segment.reader
-    first = _first_row_after(reader, after)
+    first = first_row_after(reader, after)
     if expression is not None:
         if rule_out(expression, reader.statistics, reader.rows) is not None:
             return np.empty(0, dtype=np.int64)
@@ -137,7 +137,7 @@ def _segment_rows_after(
     return first + np.flatnonzero(flags_of_bits(segment.alive, reader.rows)[first:])[:limit]
 
 
-def _first_row_after(reader: SegmentReader, after: bytes) -> int:
+def first_row_after(reader: SegmentReader, after: bytes) -> int:
     """Returns the first row whose id is greater; rows are in byte order of ids (building.py)."""
     low, high = 0, reader.rows
     while low < high:

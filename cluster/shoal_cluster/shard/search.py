@@ -91,7 +91,11 @@ class _Part(NamedTuple):
 
 def prepare(state: ShardState, order: SearchOrder) -> Prepared:
     """Binds a search to the present state. Call from the event loop."""
-    snapshot = state.snapshot()
+    return bind(state.snapshot(), order)
+
+
+def bind(snapshot: Snapshot, order: SearchOrder) -> Prepared:
+    """Binds a search to a snapshot; thread-safe, since views of memtables do not change."""
     rows = tuple(
         None
         if order.filter is None and view.live == view.rows
