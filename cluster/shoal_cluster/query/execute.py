@@ -28,6 +28,7 @@ from shoal_cluster.query.plan import (
 from shoal_cluster.query.pruning import PrunedShard
 from shoal_cluster.query.replica_reads import ReplicaReads, ShardAnswer, ShardRead
 from shoal_cluster.query.rows import RowReader
+from shoal_cluster.query.scatter import Scatter
 from shoal_cluster.shard.calls import SearchCall, SearchReply
 
 MICROSECONDS = 1_000_000
@@ -72,14 +73,21 @@ class Searcher:
     def __init__(self, *, caller: ShardCaller, topology: TopologySource, clock: Clock) -> None:
         self._topology = topology
         self._clock = clock
-        reads = ReplicaReads(caller=caller, topology=topology, clock=clock)
-        self._batches = SearchBatches(reads)
-        self._rows = RowReader(reads=reads, topology=topology, clock=clock)
+        self._reads = ReplicaReads(caller=caller, topology=topology, clock=clock)
+        self._batches = SearchBatches(self._reads)
+        self._rows = RowReader(reads=self._reads, topology=topology, clock=clock)
 
     @property
     def rows(self) -> RowReader:
         """Reads by id, scrolls and counts over the same replicas, with the same routing memory."""
         return self._rows
+
+    @property
+    def scatter(self) -> Scatter:
+        """What explore.py needs to read over the same replicas."""
+        return Scatter(
+            reads=self._reads, rows=self._rows, topology=self._topology, clock=self._clock
+        )
 
     async def search(self, request: SearchRequest, *, timeout_s: float) -> SearchResult:
         """Returns the k nearest points of each query.

@@ -42,6 +42,7 @@ from shoal_cluster.shard.calls import (
     WriteKind,
     WriteReply,
 )
+from tests.unit.query import fake_exploring
 
 EPOCH = Epoch(7)
 
@@ -81,6 +82,7 @@ class FakeShard:
     answered: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
     delete_where_max: int = 10_000
     rows_per_reply_max: int = 10_000
+    bounded_shards: set[int] = field(default_factory=set)
 
     def as_of(self) -> AsOf:
         return AsOf(position=Position(EPOCH, Seq(self.seq)), staleness_ms=3.5)
@@ -98,7 +100,7 @@ class FakeShard:
         ids = self.matching(call.filter)
         counts, found, keys, vectors = [], [], [], []
         for query in queries:
-            scored = sorted((self._key(query, self.rows[i].vector), i) for i in ids)[: call.k]
+            scored = sorted((self.key(query, self.rows[i].vector), i) for i in ids)[: call.k]
             counts.append(len(scored))
             found += [i for _, i in scored]
             keys += [key for key, _ in scored]
@@ -117,7 +119,7 @@ class FakeShard:
         raw = b"".join(v.tobytes() for v in vectors) if call.with_vector else b""
         return reply.to_wire(), raw
 
-    def _key(self, query: np.ndarray, vector: np.ndarray) -> float:
+    def key(self, query: np.ndarray, vector: np.ndarray) -> float:
         if self.schema.metric is Metric.L2:
             return float(np.float32(((query - vector) ** 2).sum()))
         return float(np.float32(-(query @ vector)))
@@ -327,6 +329,8 @@ class FakeCluster:
             case CountCall():
                 rows = len(shard.matching(message.filter))
                 return CountReply(rows=rows, as_of=shard.as_of()).to_wire(), b""
+        if type(message) in fake_exploring.ANSWERS:
+            return fake_exploring.answer(shard, message, body)
         place = self.topology.collections[shard.schema.name].shards[message.shard]
         if place.primary != server:
             raise NotPrimary(f"{server} is not the primary of shard {message.shard}")
@@ -336,8 +340,8 @@ class FakeCluster:
 def _parse(method: str, fields: Any, body: bytes) -> Any:
     if method == WriteCall.METHOD:
         return WriteCall.from_wire(fields, body)
-    by_method = {c.METHOD: c for c in (SearchCall, GetCall, ScrollCall, CountCall)}
-    return by_method[method].from_wire(fields)
+    known: list[Any] = [SearchCall, GetCall, ScrollCall, CountCall, *fake_exploring.ANSWERS]
+    return {c.METHOD: c for c in known}[method].from_wire(fields)
 
 
 def a_schema(**changes: Any) -> CollectionSchema:
