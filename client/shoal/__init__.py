@@ -28,6 +28,7 @@ from shoal.errors import (
     Unauthenticated,
     Unavailable,
 )
+from shoal.exploring import FacetCount, FacetCounts, Group, Groups, RangeOptions, ReadOptions
 from shoal.filters import F, Filter
 from shoal.point import Point, Provenance
 from shoal.results import (
@@ -42,11 +43,13 @@ from shoal.results import (
 from shoal.retry import RetryPolicy
 from shoal.schema import CollectionDescription, CollectionSchema
 from shoal.session import Position, SessionToken
+from shoal.streams import AsyncRangeHits, RangeHits
 
 __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "AsyncCollection",
+    "AsyncRangeHits",
     "Client",
     "Collection",
     "CollectionDescription",
@@ -56,7 +59,11 @@ __all__ = [
     "Corrupt",
     "DeleteResult",
     "F",
+    "FacetCount",
+    "FacetCounts",
     "Filter",
+    "Group",
+    "Groups",
     "Hit",
     "Indeterminate",
     "Internal",
@@ -70,6 +77,9 @@ __all__ = [
     "PointsRead",
     "Position",
     "Provenance",
+    "RangeHits",
+    "RangeOptions",
+    "ReadOptions",
     "RetryPolicy",
     "SearchOptions",
     "SearchResult",

@@ -13,6 +13,15 @@ from shoal.async_connection import AsyncConnection
 from shoal.batches import Payload, points_or_arrays
 from shoal.bulk import BATCH_SIZE, IN_FLIGHT
 from shoal.calls import Calls, ConsistencyName, SearchOptions
+from shoal.exploring import (
+    RANGE_HITS_MAX,
+    Examples,
+    ExploringCalls,
+    FacetCounts,
+    Groups,
+    RangeOptions,
+    ReadOptions,
+)
 from shoal.filters import Filter
 from shoal.point import Point, Provenance
 from shoal.results import (
@@ -28,6 +37,7 @@ from shoal.schema import (
     Model,
 )
 from shoal.session import SessionToken
+from shoal.streams import AsyncRangeHits
 from shoal.vectors import VectorLike, VectorsLike
 
 
@@ -39,6 +49,7 @@ class AsyncCollection:
     ) -> None:
         self._connection = connection
         self._calls = calls
+        self._exploring = ExploringCalls(calls.sessions)
         self.name = name
         self.model = model
 
@@ -161,14 +172,34 @@ class AsyncCollection:
         self,
         filter: Filter | None = None,
         *,
+        order_by: str | None = None,
+        descending: bool = False,
         page_size: int = 100,
         cursor: bytes | None = None,
         with_payload: bool = True,
         with_vector: bool = False,
         consistency: ConsistencyName = "session",
+        explain: bool = False,
         timeout_s: float | None = None,
     ) -> Page:
-        """Returns one page; its `cursor` starts the next one, None after the last."""
+        """Returns one page; its `cursor` starts the next one, None after the last.
+
+        order_by, descending: see `scroll`. explain: only with order_by.
+        """
+        if order_by is not None:
+            ordered = self._exploring.scroll(
+                self.name,
+                order_by=order_by,
+                descending=descending,
+                condition=filter,
+                page_size=page_size,
+                cursor=cursor,
+                with_payload=with_payload,
+                with_vector=with_vector,
+                consistency=consistency,
+                explain=explain,
+            )
+            return await self._connection.run(ordered, timeout_s)
         call = self._calls.scroll(
             self.name,
             condition=filter,
@@ -184,6 +215,8 @@ class AsyncCollection:
         self,
         filter: Filter | None = None,
         *,
+        order_by: str | None = None,
+        descending: bool = False,
         page_size: int = 100,
         with_payload: bool = True,
         with_vector: bool = False,
@@ -193,11 +226,15 @@ class AsyncCollection:
         """Yields every point that satisfies the filter, fetching page after page.
 
         A point that is there all the while is yielded exactly once. timeout_s bounds each page.
+        order_by: an attribute (not a keyword list) whose values order the points, ties by id, those
+        without a value last; a point whose value changes meanwhile may be yielded twice or not.
         """
         cursor: bytes | None = None
         while True:
             page = await self.scroll_page(
                 filter,
+                order_by=order_by,
+                descending=descending,
                 page_size=page_size,
                 cursor=cursor,
                 with_payload=with_payload,
@@ -220,6 +257,21 @@ class AsyncCollection:
     ) -> int:
         """Returns how many points satisfy the filter."""
         call = self._calls.count(self.name, condition=filter, consistency=consistency)
+        return await self._connection.run(call, timeout_s)
+
+    async def facets(
+        self,
+        attribute: str,
+        *,
+        filter: Filter | None = None,
+        limit: int = 10,
+        timeout_s: float | None = None,
+        **options: Unpack[ReadOptions],
+    ) -> FacetCounts:
+        """Counts points by the value of an attribute, exactly; returns the most frequent values."""
+        call = self._exploring.facets(
+            self.name, attribute, condition=filter, limit=limit, **options
+        )
         return await self._connection.run(call, timeout_s)
 
     async def search(
@@ -273,3 +325,109 @@ class AsyncCollection:
             self.name, ids=[id], k=k, condition=filter, model=self.model, **options
         )
         return (await self._connection.run(call, timeout_s))[0]
+
+    async def recommend(
+        self,
+        positive: Examples,
+        negative: Examples = (),
+        *,
+        k: int = 10,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> SearchResult:
+        """Finds the k points nearest to what the positive examples have in common.
+
+        Examples are ids of stored points, which are left out of the hits, or vectors. The search is
+        for mean(positive) + (mean(positive) - mean(negative)).
+        """
+        call = self._exploring.recommend(
+            self.name, positive, negative, k=k, condition=filter, model=self.model, **options
+        )
+        return await self._connection.run(call, timeout_s)
+
+    async def search_diverse(
+        self,
+        query: VectorLike | str,
+        *,
+        k: int = 10,
+        candidates: int | None = None,
+        mmr_lambda: float = 0.5,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> SearchResult:
+        """Finds k near points that differ from each other, by maximal marginal relevance.
+
+        query: a vector, or the id of a stored point. candidates: how many of the nearest to choose
+        among, 4k when absent. mmr_lambda: 1 is nearness alone, 0 difference alone. Hits come in the
+        order they were chosen.
+        """
+        call = self._exploring.search_diverse(
+            self.name,
+            query,
+            k=k,
+            candidates=candidates,
+            mmr_lambda=mmr_lambda,
+            condition=filter,
+            model=self.model,
+            **options,
+        )
+        return await self._connection.run(call, timeout_s)
+
+    async def search_groups(
+        self,
+        query: VectorLike | str,
+        *,
+        group_by: str,
+        groups: int = 10,
+        group_size: int = 3,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[SearchOptions],
+    ) -> Groups:
+        """Finds the nearest groups of points that share a value, each with its best points.
+
+        query: a vector, or the id of a stored point. group_by: a keyword, int, timestamp or bool
+        attribute; points without a value are in no group. groups x group_size: at most 1,000.
+        """
+        call = self._exploring.search_groups(
+            self.name,
+            query,
+            group_by=group_by,
+            groups=groups,
+            group_size=group_size,
+            condition=filter,
+            model=self.model,
+            **options,
+        )
+        return await self._connection.run(call, timeout_s)
+
+    def search_range(
+        self,
+        query: VectorLike | str,
+        *,
+        score_min: float | None = None,
+        distance_max: float | None = None,
+        limit: int = RANGE_HITS_MAX,
+        filter: Filter | None = None,
+        timeout_s: float | None = None,
+        **options: Unpack[RangeOptions],
+    ) -> AsyncRangeHits:
+        """Iterates over every point within a distance, nearest first; exact.
+
+        query: a vector, or the id of a stored point. score_min: for cosine and dot; distance_max:
+        for l2; both inclusive. At most `limit` hits; `truncated` says at the end whether there are
+        more. timeout_s bounds the wait for each message.
+        """
+        work = self._exploring.search_range(
+            self.name,
+            query,
+            score_min=score_min,
+            distance_max=distance_max,
+            limit=limit,
+            condition=filter,
+            model=self.model,
+            **options,
+        )
+        return AsyncRangeHits(self._connection.stream(work, timeout_s))

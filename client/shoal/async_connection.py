@@ -3,7 +3,7 @@
 import asyncio
 import functools
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,9 @@ from shoal.rpc import (
     make_stubs,
     parsed,
 )
+from shoal.streams import RangeStream
 from shoal_protos.v1 import lanes_pb2, points_pb2
+from shoal_protos.v1.search_pb2 import SearchRangeResponse
 
 
 class AsyncConnection:
@@ -101,6 +103,48 @@ class AsyncConnection:
                 raise error_of_lost_call(CLOSED, is_write=call.is_write) from cancelled
             else:
                 return call.decode(response)
+
+    async def stream(
+        self, work: RangeStream, timeout_s: float | None
+    ) -> AsyncGenerator[SearchRangeResponse, None]:
+        """Yields the messages of a range search; a stream that is lost goes on behind the last.
+
+        timeout_s bounds the wait for each message, not what the caller does with it.
+        Raises: ShoalError when the search failed for good.
+        """
+        attempts = self._attempts(False, timeout_s)
+        while True:
+            route = self._route()
+            messages = route.stubs.search_range(
+                work.request, timeout=attempts.timeout_s(time.monotonic())
+            )
+            cause: BaseException | None = None
+            try:
+                async for message in messages:
+                    ended = work.received(message)
+                    yield message
+                    if ended:
+                        return
+                    attempts = self._attempts(False, timeout_s)
+                error = error_of_lost_call(ENDED_EARLY, is_write=False)
+            except grpc.aio.AioRpcError as failure:
+                error = error_of(failure, is_write=False, address=route.address)
+                cause = failure
+            except asyncio.CancelledError as cancelled:
+                # Closing the channel cancels its calls; the caller's own task goes on.
+                if not self._closed or _is_cancelling():
+                    raise
+                raise error_of_lost_call(CLOSED, is_write=False) from cancelled
+            finally:
+                messages.cancel()
+            verdict = attempts.failed(error, time.monotonic())
+            if isinstance(verdict, GiveUp):
+                raise verdict.error from cause
+            if self._closed:
+                raise error from cause
+            if verdict.elsewhere:
+                self._addresses.leave(route.address)
+            await asyncio.sleep(verdict.wait_s)
 
     def _attempts(self, is_write: bool, timeout_s: float | None) -> Attempts:
         deadline_s = time.monotonic() + self._allowed_s(timeout_s)

@@ -102,7 +102,7 @@ class Calls:
         self._request_no = itertools.count(1)
 
     def create_collection(self, schema: CollectionSchema) -> Call[CollectionSchema]:
-        with _Sending("schema"):
+        with Sending("schema"):
             request = collections_pb2.CreateCollectionRequest(
                 request_id=self._request_id(), schema=schema_to_proto(schema)
             )
@@ -114,7 +114,7 @@ class Calls:
         )
 
     def describe_collection(self, name: str) -> Call[CollectionDescription]:
-        with _Sending("name"):
+        with Sending("name"):
             request = collections_pb2.DescribeCollectionRequest(name=name)
         return Call(
             method=Method.DESCRIBE_COLLECTION,
@@ -144,7 +144,7 @@ class Calls:
         model: Model | None,
         if_version: int | None,
     ) -> Call[CollectionSchema]:
-        with _Sending("alter"):
+        with Sending("alter"):
             request = collections_pb2.AlterCollectionRequest(
                 request_id=self._request_id(),
                 name=name,
@@ -163,7 +163,7 @@ class Calls:
         )
 
     def drop_collection(self, name: str) -> Call[None]:
-        with _Sending("name"):
+        with Sending("name"):
             request = collections_pb2.DropCollectionRequest(
                 request_id=self._request_id(), name=name
             )
@@ -188,7 +188,7 @@ class Calls:
         else:
             batch = batch_of_points(points)
         request = self._upsert_request(collection, batch, model=model)
-        with _Sending("if_seq"):
+        with Sending("if_seq"):
             request.conditions.extend(
                 conditions_of(len(batch.ids), if_absent=if_absent, if_seq=if_seq)
             )
@@ -229,7 +229,7 @@ class Calls:
     def _upsert_request(
         self, collection: str, batch: Batch, *, model: Model | None
     ) -> points_pb2.UpsertRequest:
-        with _Sending("points"):
+        with Sending("points"):
             return points_pb2.UpsertRequest(
                 collection=collection,
                 request_id=self._request_id(),
@@ -245,12 +245,12 @@ class Calls:
         with_vector: bool,
         consistency: ConsistencyName,
     ) -> Call[PointsRead]:
-        with _Sending("ids"):
+        with Sending("ids"):
             request = points_pb2.GetRequest(
                 collection=collection,
                 ids=checked_ids(ids),
                 with_vector=with_vector,
-                consistency=_consistency(consistency),
+                consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
             )
 
@@ -273,7 +273,7 @@ class Calls:
             raise InvalidRequest(
                 f"attributes has {len(rows)} rows for {len(listed)} ids", field="attributes"
             )
-        with _Sending("attributes"):
+        with Sending("attributes"):
             request = points_pb2.PatchAttributesRequest(
                 collection=collection,
                 request_id=self._request_id(),
@@ -291,18 +291,18 @@ class Calls:
         return Call(method=Method.PATCH_ATTRIBUTES, request=request, is_write=True, decode=decode)
 
     def delete(self, collection: str, ids: Sequence[str]) -> Call[DeleteResult]:
-        with _Sending("ids"):
+        with Sending("ids"):
             request = points_pb2.DeleteRequest(
                 collection=collection, request_id=self._request_id(), ids=checked_ids(ids)
             )
         return self._deletion(Method.DELETE, collection, request)
 
     def delete_where(self, collection: str, condition: Filter) -> Call[DeleteResult]:
-        with _Sending("filter"):
+        with Sending("filter"):
             request = points_pb2.DeleteByFilterRequest(
                 collection=collection,
                 request_id=self._request_id(),
-                filter=_filter(condition),
+                filter=filter_message(condition),
             )
         return self._deletion(Method.DELETE_BY_FILTER, collection, request)
 
@@ -317,15 +317,15 @@ class Calls:
         with_vector: bool,
         consistency: ConsistencyName,
     ) -> Call[Page]:
-        with _Sending("scroll"):
+        with Sending("scroll"):
             request = points_pb2.ScrollRequest(
                 collection=collection,
-                filter=_filter(condition),
+                filter=filter_message(condition),
                 limit=page_size,
                 cursor=cursor or b"",
                 with_payload=with_payload,
                 with_vector=with_vector,
-                consistency=_consistency(consistency),
+                consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
             )
 
@@ -338,11 +338,11 @@ class Calls:
     def count(
         self, collection: str, *, condition: Filter | None, consistency: ConsistencyName
     ) -> Call[int]:
-        with _Sending("count"):
+        with Sending("count"):
             request = points_pb2.CountRequest(
                 collection=collection,
-                filter=_filter(condition),
-                consistency=_consistency(consistency),
+                filter=filter_message(condition),
+                consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
             )
 
@@ -371,17 +371,17 @@ class Calls:
     ) -> Call[list[SearchResult]]:
         """The queries are one `vector`, several `vectors`, or stored points by `ids`."""
         queries = _queries(vector, vectors, ids)
-        with _Sending("search"):
+        with Sending("search"):
             request = search_pb2.SearchRequest(
                 collection=collection,
                 ids=None if ids is None else checked_ids(ids),
                 k=k,
-                filter=_filter(condition),
+                filter=filter_message(condition),
                 exact=exact,
                 recall_target=recall_target,
                 with_payload=with_payload,
                 with_vector=with_vector,
-                consistency=_consistency(consistency),
+                consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
                 model=model_to_proto(model),
                 explain=explain,
@@ -400,7 +400,7 @@ class Calls:
         return Call(method=Method.SEARCH, request=request, is_write=False, decode=decode)
 
     def status(self, collection: str) -> Call[admin_pb2.StatusResponse]:
-        with _Sending("collection"):
+        with Sending("collection"):
             request = admin_pb2.StatusRequest(collection=collection)
         return Call(
             method=Method.STATUS,
@@ -430,7 +430,7 @@ class Calls:
         return Call(method=method, request=request, is_write=True, decode=decode)
 
 
-class _Sending:
+class Sending:
     """Turns what protobuf says of a value it cannot carry into InvalidRequest."""
 
     __slots__ = ("_field",)
@@ -459,7 +459,7 @@ def _queries(
     return None
 
 
-def _consistency(name: ConsistencyName) -> types_pb2.Consistency.ValueType:
+def consistency_number(name: ConsistencyName) -> types_pb2.Consistency.ValueType:
     if name not in _CONSISTENCIES:
         raise InvalidRequest(
             f"consistency {name!r} is not known",
@@ -469,7 +469,7 @@ def _consistency(name: ConsistencyName) -> types_pb2.Consistency.ValueType:
     return _CONSISTENCIES[name]
 
 
-def _filter(condition: Filter | None) -> types_pb2.Filter | None:
+def filter_message(condition: Filter | None) -> types_pb2.Filter | None:
     if condition is None:
         return None
     if not isinstance(condition, Filter):

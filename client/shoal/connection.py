@@ -4,7 +4,7 @@ import functools
 import queue
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,9 @@ from shoal.rpc import (
     make_stubs,
     parsed,
 )
+from shoal.streams import RangeStream
 from shoal_protos.v1 import lanes_pb2, points_pb2
+from shoal_protos.v1.search_pb2 import SearchRangeResponse
 
 
 class Connection:
@@ -99,6 +101,41 @@ class Connection:
                 time.sleep(verdict.wait_s)
             else:
                 return call.decode(response)
+
+    def stream(self, work: RangeStream, timeout_s: float | None) -> Iterator[SearchRangeResponse]:
+        """Yields the messages of a range search; a stream that is lost goes on behind the last.
+
+        timeout_s bounds the wait for each message, not what the caller does with it.
+        Raises: ShoalError when the search failed for good.
+        """
+        attempts = self._attempts(False, timeout_s)
+        while True:
+            route = self._route()
+            messages = route.stubs.search_range(
+                work.request, timeout=attempts.timeout_s(time.monotonic())
+            )
+            try:
+                for message in messages:
+                    ended = work.received(message)
+                    yield message
+                    if ended:
+                        return
+                    attempts = self._attempts(False, timeout_s)
+                error = error_of_lost_call(ENDED_EARLY, is_write=False)
+                cause = None
+            except grpc.RpcError as failure:
+                error = error_of(failure, is_write=False, address=route.address)
+                cause = failure
+            finally:
+                messages.cancel()
+            verdict = attempts.failed(error, time.monotonic())
+            if isinstance(verdict, GiveUp):
+                raise verdict.error from cause
+            if self._closed:
+                raise error from cause
+            if verdict.elsewhere:
+                self._addresses.leave(route.address)
+            time.sleep(verdict.wait_s)
 
     def _attempts(self, is_write: bool, timeout_s: float | None) -> Attempts:
         deadline_s = time.monotonic() + self._allowed_s(timeout_s)

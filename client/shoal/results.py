@@ -35,6 +35,16 @@ class Hit:
     provenance: Provenance | None = None
 
 
+SearchReply = (
+    search_pb2.SearchResponse
+    | search_pb2.RecommendResponse
+    | search_pb2.SearchDiverseResponse
+    | search_pb2.SearchGroupsResponse
+    | search_pb2.SearchRangeResponse
+)
+"""The messages that hits come in; all say as of when, and how they were found."""
+
+
 class SearchResult:
     """The hits of one query, best first; equal scores by id.
 
@@ -43,7 +53,7 @@ class SearchResult:
     `Explain` message of shoal.v1, None unless asked for.
     """
 
-    def __init__(self, found: search_pb2.QueryHits, response: search_pb2.SearchResponse) -> None:
+    def __init__(self, found: search_pb2.QueryHits, response: SearchReply) -> None:
         self._found = found
         self._response = response
 
@@ -126,9 +136,13 @@ class PointsRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Page(PointsRead):
-    """One page of a scroll. cursor: where the next page starts, None after the last one."""
+    """One page of a scroll. cursor: where the next page starts, None after the last one.
+
+    explain: of an ordered scroll, the `Explain` message of shoal.v1 if it was asked for.
+    """
 
     cursor: bytes | None
+    explain: search_pb2.Explain | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +177,16 @@ def points_read(response: points_pb2.GetResponse) -> PointsRead:
     )
 
 
-def page_read(response: points_pb2.ScrollResponse) -> Page:
+def page_read(response: points_pb2.ScrollResponse | points_pb2.ScrollOrderedResponse) -> Page:
+    explain = None
+    if isinstance(response, points_pb2.ScrollOrderedResponse) and response.HasField("explain"):
+        explain = response.explain
     return Page(
         points=points_of(response.rows),
         as_of=token_from_proto(response.as_of),
         staleness_ms=response.staleness_ms,
         cursor=response.next_cursor or None,
+        explain=explain,
     )
 
 

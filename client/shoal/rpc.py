@@ -22,6 +22,7 @@ from shoal_protos.status import ERROR_DETAIL_KEY, STATUS_OF_KIND
 from shoal_protos.v1 import admin_pb2, collections_pb2, points_pb2, search_pb2, types_pb2
 from shoal_protos.v1.lanes_pb2_grpc import LanesStub
 from shoal_protos.v1.points_pb2_grpc import PointsStub
+from shoal_protos.v1.search_pb2_grpc import SearchStub
 
 DEFAULT_ADDRESS = "127.0.0.1:7700"
 
@@ -83,8 +84,13 @@ class Method(enum.Enum):
     DELETE = "/shoal.v1.Points/Delete"
     DELETE_BY_FILTER = "/shoal.v1.Points/DeleteByFilter"
     SCROLL = "/shoal.v1.Points/Scroll"
+    SCROLL_ORDERED = "/shoal.v1.Points/ScrollOrdered"
     COUNT = "/shoal.v1.Points/Count"
+    FACETS = "/shoal.v1.Points/Facets"
     SEARCH = "/shoal.v1.Search/Search"
+    RECOMMEND = "/shoal.v1.Search/Recommend"
+    SEARCH_DIVERSE = "/shoal.v1.Search/SearchDiverse"
+    SEARCH_GROUPS = "/shoal.v1.Search/SearchGroups"
     STATUS = "/shoal.v1.Admin/Status"
 
 
@@ -100,8 +106,13 @@ RESPONSES: Mapping[Method, type[Message]] = {
     Method.DELETE: points_pb2.DeleteResponse,
     Method.DELETE_BY_FILTER: points_pb2.DeleteByFilterResponse,
     Method.SCROLL: points_pb2.ScrollResponse,
+    Method.SCROLL_ORDERED: points_pb2.ScrollOrderedResponse,
     Method.COUNT: points_pb2.CountResponse,
+    Method.FACETS: points_pb2.FacetsResponse,
     Method.SEARCH: search_pb2.SearchResponse,
+    Method.RECOMMEND: search_pb2.RecommendResponse,
+    Method.SEARCH_DIVERSE: search_pb2.SearchDiverseResponse,
+    Method.SEARCH_GROUPS: search_pb2.SearchGroupsResponse,
     Method.STATUS: admin_pb2.StatusResponse,
 }
 
@@ -113,6 +124,7 @@ class Stubs:
     channel: Any
     unary: Mapping[Method, Any]
     upsert_stream: Any
+    search_range: Any
     connect: Any
 
 
@@ -131,7 +143,13 @@ def make_stubs(channel: Any) -> Stubs:
         )
         for method, response in RESPONSES.items()
     }
-    return Stubs(channel, unary, PointsStub(channel).UpsertStream, LanesStub(channel).Connect)
+    return Stubs(
+        channel=channel,
+        unary=unary,
+        upsert_stream=PointsStub(channel).UpsertStream,
+        search_range=SearchStub(channel).SearchRange,
+        connect=LanesStub(channel).Connect,
+    )
 
 
 def _serialised(message: Message) -> bytes:

@@ -36,6 +36,7 @@ from shoal_cluster.domain.ids import ServerId, SystemIdGenerator, cluster_uuid_t
 from shoal_cluster.edge.server import EdgeServer, Services, start_server
 from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.query.execute import Searcher
+from shoal_cluster.query.explore import Explorer
 
 RAY_START_TIMEOUT_S = 90.0
 _RAY_POLL_S = 0.05
@@ -323,6 +324,7 @@ async def start_edge(
         control=control,
         searching=searcher,
         reading=searcher.rows,
+        exploring=Explorer(searcher.scatter),
         writing=writer,
         status=control,
     )

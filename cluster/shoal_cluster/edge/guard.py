@@ -7,7 +7,8 @@ incident id, the caller gets Internal with the id, and the coordinator goes on.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -128,6 +129,12 @@ class Guard:
                 request_deserializer=decode,
                 response_serializer=handler.response_serializer,
             )
+        if handler.unary_stream is not None:
+            return grpc.unary_stream_rpc_method_handler(
+                self._guard_answers(method, handler.unary_stream),  # type: ignore[arg-type]
+                request_deserializer=decode,
+                response_serializer=handler.response_serializer,
+            )
         assert handler.unary_unary is not None, f"{method}: no such kind of method yet"
         assert handler.response_serializer is not None, f"{method}: generated code has one"
         self.serialised[f"/{method}"] = self._guard_serialised(
@@ -182,6 +189,34 @@ class Guard:
             return await serve(incoming.request, context)
         finally:
             self._admission.leave(incoming.size_bytes)
+
+    def _guard_answers(
+        self,
+        method: str,
+        serve: Callable[[Any, Context], AsyncGenerator[Message, None]],
+    ) -> Callable[[Incoming[Any] | Refused, Context], AsyncGenerator[Message, None]]:
+        """Admits the work on each answer, not the time in which the caller reads them."""
+        admission = self._admission
+
+        async def guarded(
+            incoming: Incoming[Any] | Refused, context: Context
+        ) -> AsyncGenerator[Message, None]:
+            try:
+                if isinstance(incoming, Refused):
+                    raise incoming.error
+                async with contextlib.aclosing(serve(incoming.request, context)) as answers:
+                    while True:
+                        with admission.admit(incoming.size_bytes):
+                            answer = await anext(answers, None)
+                        if answer is None:
+                            return
+                        yield answer
+            except ShoalError as error:
+                await refuse(context, error)
+            except Exception as error:  # noqa: BLE001  # the shell's outermost frame
+                await refuse(context, self._incident(method, error))
+
+        return guarded
 
     def _guard_stream(
         self,

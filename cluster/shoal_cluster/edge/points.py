@@ -5,9 +5,16 @@ from collections.abc import AsyncIterator, Sequence
 
 from shoal_cluster.domain.errors import InvalidRequest, ShoalError
 from shoal_cluster.edge.admission import Admission
+from shoal_cluster.edge.exploring import (
+    SCROLL_LIMIT_DEFAULT,
+    decode_facets,
+    decode_scroll_ordered,
+    encode_facets,
+    encode_ordered_rows,
+)
 from shoal_cluster.edge.filter_codec import decode_filter
 from shoal_cluster.edge.guard import TIMEOUT_DEFAULT_S, Context, timeout_s
-from shoal_cluster.edge.ports import RowReading, Writing
+from shoal_cluster.edge.ports import Exploring, RowReading, Writing
 from shoal_cluster.edge.rows_codec import (
     decode_attributes,
     decode_provenance,
@@ -41,13 +48,14 @@ STREAM_WINDOW = 8
 """Chunks of one stream worked on at a time: enough to fill the group commit of every shard, and
 well below the 32 requests of one client that a shard remembers for retries."""
 
-SCROLL_LIMIT_DEFAULT = 100
-
 
 class PointsService(PointsServicer):
-    def __init__(self, writing: Writing, reading: RowReading, admission: Admission) -> None:
+    def __init__(
+        self, writing: Writing, reading: RowReading, exploring: Exploring, admission: Admission
+    ) -> None:
         self._writing = writing
         self._reading = reading
+        self._exploring = exploring
         self._admission = admission
 
     async def Upsert(self, request: pb.UpsertRequest, context: Context) -> pb.UpsertResponse:
@@ -195,6 +203,18 @@ class PointsService(PointsServicer):
         response = pb.CountResponse(count=result.rows, staleness_ms=whole_ms(result.staleness_ms))
         fill_token(response.as_of, result.schema, result.as_of)
         return response
+
+    async def Facets(self, request: pb.FacetsRequest, context: Context) -> pb.FacetsResponse:
+        result = await self._exploring.facets(decode_facets(request), timeout_s=timeout_s(context))
+        return encode_facets(result)
+
+    async def ScrollOrdered(
+        self, request: pb.ScrollOrderedRequest, context: Context
+    ) -> pb.ScrollOrderedResponse:
+        result = await self._exploring.scroll_ordered(
+            decode_scroll_ordered(request), timeout_s=timeout_s(context)
+        )
+        return encode_ordered_rows(result, with_payload=request.with_payload)
 
 
 def decode_upsert(message: pb.UpsertRequest) -> UpsertRequest:

@@ -1,6 +1,6 @@
 """What the servicers delegate to. query/ and ingest/ implement the data side, actors the rest."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from shoal_cluster.domain.request import RequestName
@@ -15,8 +15,14 @@ from shoal_cluster.ingest.validate import (
     PatchRequest,
     UpsertRequest,
 )
+from shoal_cluster.query.diversity import DiverseRequest
 from shoal_cluster.query.execute import SearchResult
+from shoal_cluster.query.facets import FacetsRequest, FacetsResult
+from shoal_cluster.query.grouping import GroupsRequest, GroupsResult
+from shoal_cluster.query.ordered_scroll import OrderedRows, OrderedScrollRequest
 from shoal_cluster.query.plan import Freshness, SearchRequest
+from shoal_cluster.query.range_search import RangeHits, RangeRequest
+from shoal_cluster.query.recommendation import RecommendRequest
 from shoal_cluster.query.rows import CountResult, RowsResult
 
 
@@ -76,6 +82,28 @@ class Searching(Protocol):
     """query/execute.py `Searcher`."""
 
     async def search(self, request: SearchRequest, *, timeout_s: float) -> SearchResult: ...
+
+
+class Exploring(Protocol):
+    """query/explore.py `Explorer`."""
+
+    async def recommend(self, request: RecommendRequest, *, timeout_s: float) -> SearchResult: ...
+
+    async def search_diverse(
+        self, request: DiverseRequest, *, timeout_s: float
+    ) -> SearchResult: ...
+
+    def search_range(
+        self, request: RangeRequest, *, timeout_s: float
+    ) -> AsyncGenerator[RangeHits, None]: ...
+
+    async def search_groups(self, request: GroupsRequest, *, timeout_s: float) -> GroupsResult: ...
+
+    async def facets(self, request: FacetsRequest, *, timeout_s: float) -> FacetsResult: ...
+
+    async def scroll_ordered(
+        self, request: OrderedScrollRequest, *, timeout_s: float
+    ) -> OrderedRows: ...
 
 
 class RowReading(Protocol):

@@ -20,6 +20,7 @@ from shoal_cluster.edge.guard import Guard
 from shoal_cluster.edge.points import PointsService
 from shoal_cluster.edge.ports import (
     CollectionControl,
+    Exploring,
     RowReading,
     Searching,
     StatusSource,
@@ -69,6 +70,7 @@ class Services:
     control: CollectionControl
     searching: Searching
     reading: RowReading
+    exploring: Exploring
     writing: Writing
     status: StatusSource
 
@@ -121,11 +123,12 @@ async def start_server(
     admission = admission or Admission()
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=RPCS_IN_FLIGHT_MAX)
     guard = Guard(server, admission, ids)
-    points = PointsService(services.writing, services.reading, admission)
+    points = PointsService(services.writing, services.reading, services.exploring, admission)
     # The generated functions take a server; the guard offers the two methods they call.
     add_CollectionsServicer_to_server(CollectionsService(services.control), guard)  # type: ignore[arg-type]
     add_PointsServicer_to_server(points, guard)  # type: ignore[arg-type]
-    add_SearchServicer_to_server(SearchService(services.searching), guard)  # type: ignore[arg-type]
+    search = SearchService(services.searching, services.exploring)
+    add_SearchServicer_to_server(search, guard)  # type: ignore[arg-type]
     add_AdminServicer_to_server(AdminService(services.status), guard)  # type: ignore[arg-type]
     clock = SystemClock()
     tickets = Tickets(clock, ids)

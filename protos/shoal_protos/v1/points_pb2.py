@@ -22,50 +22,61 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from shoal_protos.v1 import search_pb2 as shoal__protos_dot_v1_dot_search__pb2
 from shoal_protos.v1 import types_pb2 as shoal__protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshoal_protos/v1/points.proto\x12\x08shoal.v1\x1a\x1bshoal_protos/v1/types.proto\"E\n\x0fUpsertCondition\x12\x13\n\tif_absent\x18\x01 \x01(\x08H\x00\x12\x10\n\x06if_seq\x18\x02 \x01(\x04H\x00\x42\x0b\n\tcondition\"\xc2\x01\n\rUpsertRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x1c\n\x04rows\x18\x03 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12-\n\nconditions\x18\x04 \x03(\x0b\x32\x19.shoal.v1.UpsertCondition\x12\'\n\x05model\x18\x05 \x01(\x0b\x32\x18.shoal.v1.EmbeddingModel\"G\n\x0eUpsertResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0c\n\x04seqs\x18\x02 \x03(\x04\"P\n\x13UpsertStreamRequest\x12\x10\n\x08\x63hunk_no\x18\x01 \x01(\x04\x12\'\n\x06upsert\x18\x02 \x01(\x0b\x32\x17.shoal.v1.UpsertRequest\"\x96\x01\n\x14UpsertStreamResponse\x12\x10\n\x08\x63hunk_no\x18\x01 \x01(\x04\x12,\n\x08upserted\x18\x02 \x01(\x0b\x32\x18.shoal.v1.UpsertResponseH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.shoal.v1.ErrorDetailH\x00\x12\x0e\n\x06window\x18\x04 \x01(\rB\x06\n\x04\x66\x61te\"\x97\x01\n\nGetRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\t\x12\x13\n\x0bwith_vector\x18\x03 \x01(\x08\x12*\n\x0b\x63onsistency\x18\x04 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x05 \x01(\x0b\x32\x16.shoal.v1.SessionToken\"h\n\x0bGetResponse\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12%\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x03 \x01(\x04\"\x9a\x01\n\x16PatchAttributesRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12&\n\x03set\x18\x04 \x03(\x0b\x32\x19.shoal.v1.AttributeColumn\x12\x0e\n\x06remove\x18\x05 \x03(\t\"W\n\x17PatchAttributesResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x13\n\x0bmissing_ids\x18\x02 \x03(\t\"Y\n\rDeleteRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0b\n\x03ids\x18\x03 \x03(\t\"J\n\x0e\x44\x65leteResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x04\"v\n\x15\x44\x65leteByFilterRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12 \n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Filter\"R\n\x16\x44\x65leteByFilterResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x04\"\xe4\x01\n\rScrollRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12 \n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x10.shoal.v1.Filter\x12\r\n\x05limit\x18\x03 \x01(\r\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\x0c\x12\x14\n\x0cwith_payload\x18\x05 \x01(\x08\x12\x13\n\x0bwith_vector\x18\x06 \x01(\x08\x12*\n\x0b\x63onsistency\x18\x07 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x08 \x01(\x0b\x32\x16.shoal.v1.SessionToken\"\x80\x01\n\x0eScrollResponse\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\x0c\x12%\n\x05\x61s_of\x18\x03 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x04 \x01(\x04\"\x99\x01\n\x0c\x43ountRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12 \n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x10.shoal.v1.Filter\x12*\n\x0b\x63onsistency\x18\x03 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x04 \x01(\x0b\x32\x16.shoal.v1.SessionToken\"[\n\rCountResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12%\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x03 \x01(\x04\x32\xad\x04\n\x06Points\x12;\n\x06Upsert\x12\x17.shoal.v1.UpsertRequest\x1a\x18.shoal.v1.UpsertResponse\x12Q\n\x0cUpsertStream\x12\x1d.shoal.v1.UpsertStreamRequest\x1a\x1e.shoal.v1.UpsertStreamResponse(\x01\x30\x01\x12\x32\n\x03Get\x12\x14.shoal.v1.GetRequest\x1a\x15.shoal.v1.GetResponse\x12V\n\x0fPatchAttributes\x12 .shoal.v1.PatchAttributesRequest\x1a!.shoal.v1.PatchAttributesResponse\x12;\n\x06\x44\x65lete\x12\x17.shoal.v1.DeleteRequest\x1a\x18.shoal.v1.DeleteResponse\x12S\n\x0e\x44\x65leteByFilter\x12\x1f.shoal.v1.DeleteByFilterRequest\x1a .shoal.v1.DeleteByFilterResponse\x12;\n\x06Scroll\x12\x17.shoal.v1.ScrollRequest\x1a\x18.shoal.v1.ScrollResponse\x12\x38\n\x05\x43ount\x12\x16.shoal.v1.CountRequest\x1a\x17.shoal.v1.CountResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cshoal_protos/v1/points.proto\x12\x08shoal.v1\x1a\x1cshoal_protos/v1/search.proto\x1a\x1bshoal_protos/v1/types.proto\"E\n\x0fUpsertCondition\x12\x13\n\tif_absent\x18\x01 \x01(\x08H\x00\x12\x10\n\x06if_seq\x18\x02 \x01(\x04H\x00\x42\x0b\n\tcondition\"\xc2\x01\n\rUpsertRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x1c\n\x04rows\x18\x03 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12-\n\nconditions\x18\x04 \x03(\x0b\x32\x19.shoal.v1.UpsertCondition\x12\'\n\x05model\x18\x05 \x01(\x0b\x32\x18.shoal.v1.EmbeddingModel\"G\n\x0eUpsertResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0c\n\x04seqs\x18\x02 \x03(\x04\"P\n\x13UpsertStreamRequest\x12\x10\n\x08\x63hunk_no\x18\x01 \x01(\x04\x12\'\n\x06upsert\x18\x02 \x01(\x0b\x32\x17.shoal.v1.UpsertRequest\"\x96\x01\n\x14UpsertStreamResponse\x12\x10\n\x08\x63hunk_no\x18\x01 \x01(\x04\x12,\n\x08upserted\x18\x02 \x01(\x0b\x32\x18.shoal.v1.UpsertResponseH\x00\x12&\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x15.shoal.v1.ErrorDetailH\x00\x12\x0e\n\x06window\x18\x04 \x01(\rB\x06\n\x04\x66\x61te\"\x97\x01\n\nGetRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x0b\n\x03ids\x18\x02 \x03(\t\x12\x13\n\x0bwith_vector\x18\x03 \x01(\x08\x12*\n\x0b\x63onsistency\x18\x04 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x05 \x01(\x0b\x32\x16.shoal.v1.SessionToken\"h\n\x0bGetResponse\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12%\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x03 \x01(\x04\"\x9a\x01\n\x16PatchAttributesRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0b\n\x03ids\x18\x03 \x03(\t\x12&\n\x03set\x18\x04 \x03(\x0b\x32\x19.shoal.v1.AttributeColumn\x12\x0e\n\x06remove\x18\x05 \x03(\t\"W\n\x17PatchAttributesResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x13\n\x0bmissing_ids\x18\x02 \x03(\t\"Y\n\rDeleteRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0b\n\x03ids\x18\x03 \x03(\t\"J\n\x0e\x44\x65leteResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x04\"v\n\x15\x44\x65leteByFilterRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\'\n\nrequest_id\x18\x02 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12 \n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Filter\"R\n\x16\x44\x65leteByFilterResponse\x12\'\n\x07session\x18\x01 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0f\n\x07\x64\x65leted\x18\x02 \x01(\x04\"\xe4\x01\n\rScrollRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12 \n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x10.shoal.v1.Filter\x12\r\n\x05limit\x18\x03 \x01(\r\x12\x0e\n\x06\x63ursor\x18\x04 \x01(\x0c\x12\x14\n\x0cwith_payload\x18\x05 \x01(\x08\x12\x13\n\x0bwith_vector\x18\x06 \x01(\x08\x12*\n\x0b\x63onsistency\x18\x07 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x08 \x01(\x0b\x32\x16.shoal.v1.SessionToken\"\x80\x01\n\x0eScrollResponse\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\x0c\x12%\n\x05\x61s_of\x18\x03 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x04 \x01(\x04\"\x99\x01\n\x0c\x43ountRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12 \n\x06\x66ilter\x18\x02 \x01(\x0b\x32\x10.shoal.v1.Filter\x12*\n\x0b\x63onsistency\x18\x03 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x04 \x01(\x0b\x32\x16.shoal.v1.SessionToken\"[\n\rCountResponse\x12\r\n\x05\x63ount\x18\x01 \x01(\x04\x12%\n\x05\x61s_of\x18\x02 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x03 \x01(\x04\"\xa2\x02\n\x14ScrollOrderedRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x10\n\x08order_by\x18\x02 \x01(\t\x12\x12\n\ndescending\x18\x03 \x01(\x08\x12 \n\x06\x66ilter\x18\x04 \x01(\x0b\x32\x10.shoal.v1.Filter\x12\r\n\x05limit\x18\x05 \x01(\r\x12\x0e\n\x06\x63ursor\x18\x06 \x01(\x0c\x12\x14\n\x0cwith_payload\x18\x07 \x01(\x08\x12\x13\n\x0bwith_vector\x18\x08 \x01(\x08\x12*\n\x0b\x63onsistency\x18\t \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\n \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0f\n\x07\x65xplain\x18\x0b \x01(\x08\"\xab\x01\n\x15ScrollOrderedResponse\x12\x1c\n\x04rows\x18\x01 \x01(\x0b\x32\x0e.shoal.v1.Rows\x12\x13\n\x0bnext_cursor\x18\x02 \x01(\x0c\x12%\n\x05\x61s_of\x18\x03 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x04 \x01(\x04\x12\"\n\x07\x65xplain\x18\x05 \x01(\x0b\x32\x11.shoal.v1.Explain\"\xcd\x01\n\rFacetsRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\x12\x11\n\tattribute\x18\x02 \x01(\t\x12 \n\x06\x66ilter\x18\x03 \x01(\x0b\x32\x10.shoal.v1.Filter\x12\r\n\x05limit\x18\x04 \x01(\r\x12*\n\x0b\x63onsistency\x18\x05 \x01(\x0e\x32\x15.shoal.v1.Consistency\x12\'\n\x07session\x18\x06 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x0f\n\x07\x65xplain\x18\x07 \x01(\x08\"A\n\nFacetCount\x12$\n\x05value\x18\x01 \x01(\x0b\x32\x15.shoal.v1.FilterValue\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\"\xc8\x01\n\x0e\x46\x61\x63\x65tsResponse\x12$\n\x06\x66\x61\x63\x65ts\x18\x01 \x03(\x0b\x32\x14.shoal.v1.FacetCount\x12\x0c\n\x04rows\x18\x02 \x01(\x04\x12\x0f\n\x07missing\x18\x03 \x01(\x04\x12\x10\n\x08\x64istinct\x18\x04 \x01(\x04\x12%\n\x05\x61s_of\x18\x05 \x01(\x0b\x32\x16.shoal.v1.SessionToken\x12\x14\n\x0cstaleness_ms\x18\x06 \x01(\x04\x12\"\n\x07\x65xplain\x18\x07 \x01(\x0b\x32\x11.shoal.v1.Explain2\xbc\x05\n\x06Points\x12;\n\x06Upsert\x12\x17.shoal.v1.UpsertRequest\x1a\x18.shoal.v1.UpsertResponse\x12Q\n\x0cUpsertStream\x12\x1d.shoal.v1.UpsertStreamRequest\x1a\x1e.shoal.v1.UpsertStreamResponse(\x01\x30\x01\x12\x32\n\x03Get\x12\x14.shoal.v1.GetRequest\x1a\x15.shoal.v1.GetResponse\x12V\n\x0fPatchAttributes\x12 .shoal.v1.PatchAttributesRequest\x1a!.shoal.v1.PatchAttributesResponse\x12;\n\x06\x44\x65lete\x12\x17.shoal.v1.DeleteRequest\x1a\x18.shoal.v1.DeleteResponse\x12S\n\x0e\x44\x65leteByFilter\x12\x1f.shoal.v1.DeleteByFilterRequest\x1a .shoal.v1.DeleteByFilterResponse\x12;\n\x06Scroll\x12\x17.shoal.v1.ScrollRequest\x1a\x18.shoal.v1.ScrollResponse\x12P\n\rScrollOrdered\x12\x1e.shoal.v1.ScrollOrderedRequest\x1a\x1f.shoal.v1.ScrollOrderedResponse\x12\x38\n\x05\x43ount\x12\x16.shoal.v1.CountRequest\x1a\x17.shoal.v1.CountResponse\x12;\n\x06\x46\x61\x63\x65ts\x12\x17.shoal.v1.FacetsRequest\x1a\x18.shoal.v1.FacetsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal_protos.v1.points_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_UPSERTCONDITION']._serialized_start=71
-  _globals['_UPSERTCONDITION']._serialized_end=140
-  _globals['_UPSERTREQUEST']._serialized_start=143
-  _globals['_UPSERTREQUEST']._serialized_end=337
-  _globals['_UPSERTRESPONSE']._serialized_start=339
-  _globals['_UPSERTRESPONSE']._serialized_end=410
-  _globals['_UPSERTSTREAMREQUEST']._serialized_start=412
-  _globals['_UPSERTSTREAMREQUEST']._serialized_end=492
-  _globals['_UPSERTSTREAMRESPONSE']._serialized_start=495
-  _globals['_UPSERTSTREAMRESPONSE']._serialized_end=645
-  _globals['_GETREQUEST']._serialized_start=648
-  _globals['_GETREQUEST']._serialized_end=799
-  _globals['_GETRESPONSE']._serialized_start=801
-  _globals['_GETRESPONSE']._serialized_end=905
-  _globals['_PATCHATTRIBUTESREQUEST']._serialized_start=908
-  _globals['_PATCHATTRIBUTESREQUEST']._serialized_end=1062
-  _globals['_PATCHATTRIBUTESRESPONSE']._serialized_start=1064
-  _globals['_PATCHATTRIBUTESRESPONSE']._serialized_end=1151
-  _globals['_DELETEREQUEST']._serialized_start=1153
-  _globals['_DELETEREQUEST']._serialized_end=1242
-  _globals['_DELETERESPONSE']._serialized_start=1244
-  _globals['_DELETERESPONSE']._serialized_end=1318
-  _globals['_DELETEBYFILTERREQUEST']._serialized_start=1320
-  _globals['_DELETEBYFILTERREQUEST']._serialized_end=1438
-  _globals['_DELETEBYFILTERRESPONSE']._serialized_start=1440
-  _globals['_DELETEBYFILTERRESPONSE']._serialized_end=1522
-  _globals['_SCROLLREQUEST']._serialized_start=1525
-  _globals['_SCROLLREQUEST']._serialized_end=1753
-  _globals['_SCROLLRESPONSE']._serialized_start=1756
-  _globals['_SCROLLRESPONSE']._serialized_end=1884
-  _globals['_COUNTREQUEST']._serialized_start=1887
-  _globals['_COUNTREQUEST']._serialized_end=2040
-  _globals['_COUNTRESPONSE']._serialized_start=2042
-  _globals['_COUNTRESPONSE']._serialized_end=2133
-  _globals['_POINTS']._serialized_start=2136
-  _globals['_POINTS']._serialized_end=2693
+  _globals['_UPSERTCONDITION']._serialized_start=101
+  _globals['_UPSERTCONDITION']._serialized_end=170
+  _globals['_UPSERTREQUEST']._serialized_start=173
+  _globals['_UPSERTREQUEST']._serialized_end=367
+  _globals['_UPSERTRESPONSE']._serialized_start=369
+  _globals['_UPSERTRESPONSE']._serialized_end=440
+  _globals['_UPSERTSTREAMREQUEST']._serialized_start=442
+  _globals['_UPSERTSTREAMREQUEST']._serialized_end=522
+  _globals['_UPSERTSTREAMRESPONSE']._serialized_start=525
+  _globals['_UPSERTSTREAMRESPONSE']._serialized_end=675
+  _globals['_GETREQUEST']._serialized_start=678
+  _globals['_GETREQUEST']._serialized_end=829
+  _globals['_GETRESPONSE']._serialized_start=831
+  _globals['_GETRESPONSE']._serialized_end=935
+  _globals['_PATCHATTRIBUTESREQUEST']._serialized_start=938
+  _globals['_PATCHATTRIBUTESREQUEST']._serialized_end=1092
+  _globals['_PATCHATTRIBUTESRESPONSE']._serialized_start=1094
+  _globals['_PATCHATTRIBUTESRESPONSE']._serialized_end=1181
+  _globals['_DELETEREQUEST']._serialized_start=1183
+  _globals['_DELETEREQUEST']._serialized_end=1272
+  _globals['_DELETERESPONSE']._serialized_start=1274
+  _globals['_DELETERESPONSE']._serialized_end=1348
+  _globals['_DELETEBYFILTERREQUEST']._serialized_start=1350
+  _globals['_DELETEBYFILTERREQUEST']._serialized_end=1468
+  _globals['_DELETEBYFILTERRESPONSE']._serialized_start=1470
+  _globals['_DELETEBYFILTERRESPONSE']._serialized_end=1552
+  _globals['_SCROLLREQUEST']._serialized_start=1555
+  _globals['_SCROLLREQUEST']._serialized_end=1783
+  _globals['_SCROLLRESPONSE']._serialized_start=1786
+  _globals['_SCROLLRESPONSE']._serialized_end=1914
+  _globals['_COUNTREQUEST']._serialized_start=1917
+  _globals['_COUNTREQUEST']._serialized_end=2070
+  _globals['_COUNTRESPONSE']._serialized_start=2072
+  _globals['_COUNTRESPONSE']._serialized_end=2163
+  _globals['_SCROLLORDEREDREQUEST']._serialized_start=2166
+  _globals['_SCROLLORDEREDREQUEST']._serialized_end=2456
+  _globals['_SCROLLORDEREDRESPONSE']._serialized_start=2459
+  _globals['_SCROLLORDEREDRESPONSE']._serialized_end=2630
+  _globals['_FACETSREQUEST']._serialized_start=2633
+  _globals['_FACETSREQUEST']._serialized_end=2838
+  _globals['_FACETCOUNT']._serialized_start=2840
+  _globals['_FACETCOUNT']._serialized_end=2905
+  _globals['_FACETSRESPONSE']._serialized_start=2908
+  _globals['_FACETSRESPONSE']._serialized_end=3108
+  _globals['_POINTS']._serialized_start=3111
+  _globals['_POINTS']._serialized_end=3811
 # @@protoc_insertion_point(module_scope)

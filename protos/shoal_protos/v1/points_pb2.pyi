@@ -11,6 +11,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from shoal_protos.v1 import search_pb2 as _search_pb2
 from shoal_protos.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
 import sys
@@ -636,3 +637,245 @@ class CountResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CountResponse: _TypeAlias = CountResponse  # noqa: Y015
+
+@_typing.final
+class ScrollOrderedRequest(_message.Message):
+    """Asks for the next page in the order of an attribute."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    DESCENDING_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
+    WITH_VECTOR_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    order_by: _builtins.str
+    """A declared attribute of any type but keyword_list. Keywords order by their bytes, false comes
+    before true; points without a value come last, in both directions.
+    """
+    descending: _builtins.bool
+    """Greatest value first; ids ascend among equal values all the same."""
+    limit: _builtins.int
+    """Rows in a page, 1 to 1,000; 0 means 100."""
+    cursor: _builtins.bytes
+    """`next_cursor` of the previous page; empty for the first page."""
+    with_payload: _builtins.bool
+    """Return attributes, payloads and provenance as well."""
+    with_vector: _builtins.bool
+    """Return vectors as well."""
+    consistency: _types_pb2.Consistency.ValueType
+    """How fresh the answer must be."""
+    explain: _builtins.bool
+    """Return how the page was found."""
+    @_builtins.property
+    def filter(self) -> _types_pb2.Filter:
+        """Only points that satisfy it; absent: all. Must be the same on every page."""
+
+    @_builtins.property
+    def session(self) -> _types_pb2.SessionToken:
+        """What the session has seen."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+        descending: _builtins.bool = ...,
+        filter: _types_pb2.Filter | None = ...,
+        limit: _builtins.int = ...,
+        cursor: _builtins.bytes = ...,
+        with_payload: _builtins.bool = ...,
+        with_vector: _builtins.bool = ...,
+        consistency: _types_pb2.Consistency.ValueType = ...,
+        session: _types_pb2.SessionToken | None = ...,
+        explain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["collection", b"collection", "consistency", b"consistency", "cursor", b"cursor", "descending", b"descending", "explain", b"explain", "filter", b"filter", "limit", b"limit", "order_by", b"order_by", "session", b"session", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrollOrderedRequest: _TypeAlias = ScrollOrderedRequest  # noqa: Y015
+
+@_typing.final
+class ScrollOrderedResponse(_message.Message):
+    """One page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    NEXT_CURSOR_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALENESS_MS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    next_cursor: _builtins.bytes
+    """Where the next page starts; empty: this was the last page. Opaque."""
+    staleness_ms: _builtins.int
+    """As in GetResponse, ms."""
+    @_builtins.property
+    def rows(self) -> _types_pb2.Rows:
+        """The points, with seqs."""
+
+    @_builtins.property
+    def as_of(self) -> _types_pb2.SessionToken:
+        """The positions the answer was read at."""
+
+    @_builtins.property
+    def explain(self) -> _search_pb2.Explain:
+        """Present if asked for."""
+
+    def __init__(
+        self,
+        *,
+        rows: _types_pb2.Rows | None = ...,
+        next_cursor: _builtins.bytes = ...,
+        as_of: _types_pb2.SessionToken | None = ...,
+        staleness_ms: _builtins.int = ...,
+        explain: _search_pb2.Explain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "rows", b"rows"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "next_cursor", b"next_cursor", "rows", b"rows", "staleness_ms", b"staleness_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrollOrderedResponse: _TypeAlias = ScrollOrderedResponse  # noqa: Y015
+
+@_typing.final
+class FacetsRequest(_message.Message):
+    """Asks how many points have each value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    ATTRIBUTE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    attribute: _builtins.str
+    """A declared attribute of any type but float. A point counts once for each element of a list."""
+    limit: _builtins.int
+    """Values wanted, 1 to 1,000; 0 means 10."""
+    consistency: _types_pb2.Consistency.ValueType
+    """How fresh the answer must be."""
+    explain: _builtins.bool
+    """Return how the answer was found."""
+    @_builtins.property
+    def filter(self) -> _types_pb2.Filter:
+        """Only points that satisfy it; absent: all."""
+
+    @_builtins.property
+    def session(self) -> _types_pb2.SessionToken:
+        """What the session has seen."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        attribute: _builtins.str = ...,
+        filter: _types_pb2.Filter | None = ...,
+        limit: _builtins.int = ...,
+        consistency: _types_pb2.Consistency.ValueType = ...,
+        session: _types_pb2.SessionToken | None = ...,
+        explain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attribute", b"attribute", "collection", b"collection", "consistency", b"consistency", "explain", b"explain", "filter", b"filter", "limit", b"limit", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FacetsRequest: _TypeAlias = FacetsRequest  # noqa: Y015
+
+@_typing.final
+class FacetCount(_message.Message):
+    """One value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    count: _builtins.int
+    """Live, matching points that have it."""
+    @_builtins.property
+    def value(self) -> _types_pb2.FilterValue:
+        """The value."""
+
+    def __init__(
+        self,
+        *,
+        value: _types_pb2.FilterValue | None = ...,
+        count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FacetCount: _TypeAlias = FacetCount  # noqa: Y015
+
+@_typing.final
+class FacetsResponse(_message.Message):
+    """The most frequent values; exact at `as_of`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACETS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
+    DISTINCT_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALENESS_MS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    rows: _builtins.int
+    """Live points that satisfy the filter."""
+    missing: _builtins.int
+    """Those of them that have no value of the attribute."""
+    distinct: _builtins.int
+    """Different values they have."""
+    staleness_ms: _builtins.int
+    """As in GetResponse, ms."""
+    @_builtins.property
+    def facets(self) -> _containers.RepeatedCompositeFieldContainer[Global___FacetCount]:
+        """By count, greatest first; equal counts by value."""
+
+    @_builtins.property
+    def as_of(self) -> _types_pb2.SessionToken:
+        """The positions the answer was read at."""
+
+    @_builtins.property
+    def explain(self) -> _search_pb2.Explain:
+        """Present if asked for."""
+
+    def __init__(
+        self,
+        *,
+        facets: _abc.Iterable[Global___FacetCount] | None = ...,
+        rows: _builtins.int = ...,
+        missing: _builtins.int = ...,
+        distinct: _builtins.int = ...,
+        as_of: _types_pb2.SessionToken | None = ...,
+        staleness_ms: _builtins.int = ...,
+        explain: _search_pb2.Explain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "distinct", b"distinct", "explain", b"explain", "facets", b"facets", "missing", b"missing", "rows", b"rows", "staleness_ms", b"staleness_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FacetsResponse: _TypeAlias = FacetsResponse  # noqa: Y015

@@ -70,10 +70,20 @@ class PointsStub:
                 request_serializer=shoal__protos_dot_v1_dot_points__pb2.ScrollRequest.SerializeToString,
                 response_deserializer=shoal__protos_dot_v1_dot_points__pb2.ScrollResponse.FromString,
                 _registered_method=True)
+        self.ScrollOrdered = channel.unary_unary(
+                '/shoal.v1.Points/ScrollOrdered',
+                request_serializer=shoal__protos_dot_v1_dot_points__pb2.ScrollOrderedRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_points__pb2.ScrollOrderedResponse.FromString,
+                _registered_method=True)
         self.Count = channel.unary_unary(
                 '/shoal.v1.Points/Count',
                 request_serializer=shoal__protos_dot_v1_dot_points__pb2.CountRequest.SerializeToString,
                 response_deserializer=shoal__protos_dot_v1_dot_points__pb2.CountResponse.FromString,
+                _registered_method=True)
+        self.Facets = channel.unary_unary(
+                '/shoal.v1.Points/Facets',
+                request_serializer=shoal__protos_dot_v1_dot_points__pb2.FacetsRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_points__pb2.FacetsResponse.FromString,
                 _registered_method=True)
 
 
@@ -132,8 +142,23 @@ class PointsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScrollOrdered(self, request, context):
+        """Returns points page by page in the order of an attribute, then by id. A point that is there with
+        the same value for the whole scroll appears exactly once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Count(self, request, context):
         """Counts live points.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Facets(self, request, context):
+        """Counts live points by the value of an attribute; exact.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -177,10 +202,20 @@ def add_PointsServicer_to_server(servicer, server):
                     request_deserializer=shoal__protos_dot_v1_dot_points__pb2.ScrollRequest.FromString,
                     response_serializer=shoal__protos_dot_v1_dot_points__pb2.ScrollResponse.SerializeToString,
             ),
+            'ScrollOrdered': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScrollOrdered,
+                    request_deserializer=shoal__protos_dot_v1_dot_points__pb2.ScrollOrderedRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_points__pb2.ScrollOrderedResponse.SerializeToString,
+            ),
             'Count': grpc.unary_unary_rpc_method_handler(
                     servicer.Count,
                     request_deserializer=shoal__protos_dot_v1_dot_points__pb2.CountRequest.FromString,
                     response_serializer=shoal__protos_dot_v1_dot_points__pb2.CountResponse.SerializeToString,
+            ),
+            'Facets': grpc.unary_unary_rpc_method_handler(
+                    servicer.Facets,
+                    request_deserializer=shoal__protos_dot_v1_dot_points__pb2.FacetsRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_points__pb2.FacetsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -384,6 +419,33 @@ class Points:
             _registered_method=True)
 
     @staticmethod
+    def ScrollOrdered(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Points/ScrollOrdered',
+            shoal__protos_dot_v1_dot_points__pb2.ScrollOrderedRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_points__pb2.ScrollOrderedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Count(request,
             target,
             options=(),
@@ -400,6 +462,33 @@ class Points:
             '/shoal.v1.Points/Count',
             shoal__protos_dot_v1_dot_points__pb2.CountRequest.SerializeToString,
             shoal__protos_dot_v1_dot_points__pb2.CountResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Facets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Points/Facets',
+            shoal__protos_dot_v1_dot_points__pb2.FacetsRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_points__pb2.FacetsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,8 +54,14 @@ class PointsStub:
     """Removes every point that satisfies a filter."""
     Scroll: _grpc.UnaryUnaryMultiCallable[_points_pb2.ScrollRequest, _points_pb2.ScrollResponse]
     """Returns points page by page. A point that is there for the whole scroll appears exactly once."""
+    ScrollOrdered: _grpc.UnaryUnaryMultiCallable[_points_pb2.ScrollOrderedRequest, _points_pb2.ScrollOrderedResponse]
+    """Returns points page by page in the order of an attribute, then by id. A point that is there with
+    the same value for the whole scroll appears exactly once.
+    """
     Count: _grpc.UnaryUnaryMultiCallable[_points_pb2.CountRequest, _points_pb2.CountResponse]
     """Counts live points."""
+    Facets: _grpc.UnaryUnaryMultiCallable[_points_pb2.FacetsRequest, _points_pb2.FacetsResponse]
+    """Counts live points by the value of an attribute; exact."""
 
 @_typing.type_check_only
 class PointsAsyncStub(PointsStub):
@@ -79,8 +85,14 @@ class PointsAsyncStub(PointsStub):
     """Removes every point that satisfies a filter."""
     Scroll: _aio.UnaryUnaryMultiCallable[_points_pb2.ScrollRequest, _points_pb2.ScrollResponse]  # type: ignore[assignment]
     """Returns points page by page. A point that is there for the whole scroll appears exactly once."""
+    ScrollOrdered: _aio.UnaryUnaryMultiCallable[_points_pb2.ScrollOrderedRequest, _points_pb2.ScrollOrderedResponse]  # type: ignore[assignment]
+    """Returns points page by page in the order of an attribute, then by id. A point that is there with
+    the same value for the whole scroll appears exactly once.
+    """
     Count: _aio.UnaryUnaryMultiCallable[_points_pb2.CountRequest, _points_pb2.CountResponse]  # type: ignore[assignment]
     """Counts live points."""
+    Facets: _aio.UnaryUnaryMultiCallable[_points_pb2.FacetsRequest, _points_pb2.FacetsResponse]  # type: ignore[assignment]
+    """Counts live points by the value of an attribute; exact."""
 
 class PointsServicer(metaclass=_abc_1.ABCMeta):
     """Writes and reads points by id and by filter."""
@@ -145,11 +157,29 @@ class PointsServicer(metaclass=_abc_1.ABCMeta):
         """Returns points page by page. A point that is there for the whole scroll appears exactly once."""
 
     @_abc_1.abstractmethod
+    def ScrollOrdered(
+        self,
+        request: _points_pb2.ScrollOrderedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_points_pb2.ScrollOrderedResponse, _abc.Awaitable[_points_pb2.ScrollOrderedResponse]]:
+        """Returns points page by page in the order of an attribute, then by id. A point that is there with
+        the same value for the whole scroll appears exactly once.
+        """
+
+    @_abc_1.abstractmethod
     def Count(
         self,
         request: _points_pb2.CountRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_points_pb2.CountResponse, _abc.Awaitable[_points_pb2.CountResponse]]:
         """Counts live points."""
+
+    @_abc_1.abstractmethod
+    def Facets(
+        self,
+        request: _points_pb2.FacetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_points_pb2.FacetsResponse, _abc.Awaitable[_points_pb2.FacetsResponse]]:
+        """Counts live points by the value of an attribute; exact."""
 
 def add_PointsServicer_to_server(servicer: PointsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

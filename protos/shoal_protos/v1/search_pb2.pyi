@@ -386,3 +386,572 @@ class Explain(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Explain: _TypeAlias = Explain  # noqa: Y015
+
+@_typing.final
+class Example(_message.Message):
+    """A vector, given or stored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VECTOR_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    vector: _builtins.bytes
+    """dimension x float32, little-endian."""
+    id: _builtins.str
+    """A stored point: its vector is used, and it is left out of the hits."""
+    def __init__(
+        self,
+        *,
+        vector: _builtins.bytes = ...,
+        id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "id", b"id", "vector", b"vector"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "id", b"id", "vector", b"vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_example: _TypeAlias = _typing.Literal["vector", "id"]  # noqa: Y015
+    _WhichOneofArgType_example: _TypeAlias = _typing.Literal["example", b"example"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_example) -> _WhichOneofReturnType_example | None: ...
+
+Global___Example: _TypeAlias = Example  # noqa: Y015
+
+@_typing.final
+class RecommendRequest(_message.Message):
+    """Searches with mean(positive) + (mean(positive) - mean(negative)), or mean(positive) alone; under
+    cosine the mean of unit vectors. At most 100 examples together.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    POSITIVE_FIELD_NUMBER: _builtins.int
+    NEGATIVE_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    RECALL_TARGET_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
+    WITH_VECTOR_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    k: _builtins.int
+    """Hits wanted, 1 to 1,000."""
+    exact: _builtins.bool
+    """As in SearchRequest."""
+    recall_target: _builtins.float
+    """As in SearchRequest."""
+    with_payload: _builtins.bool
+    """Return attributes, payloads and provenance of the hits."""
+    with_vector: _builtins.bool
+    """Return vectors of the hits."""
+    consistency: _types_pb2.Consistency.ValueType
+    """How fresh the answer must be."""
+    explain: _builtins.bool
+    """Return how the answer was found."""
+    @_builtins.property
+    def positive(self) -> _containers.RepeatedCompositeFieldContainer[Global___Example]:
+        """What to be near to; at least one."""
+
+    @_builtins.property
+    def negative(self) -> _containers.RepeatedCompositeFieldContainer[Global___Example]:
+        """What to be far from."""
+
+    @_builtins.property
+    def filter(self) -> _types_pb2.Filter:
+        """Only points that satisfy it; absent: all."""
+
+    @_builtins.property
+    def session(self) -> _types_pb2.SessionToken:
+        """What the session has seen."""
+
+    @_builtins.property
+    def model(self) -> _types_pb2.EmbeddingModel:
+        """The model that made the vectors; refused if the collection records another."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        positive: _abc.Iterable[Global___Example] | None = ...,
+        negative: _abc.Iterable[Global___Example] | None = ...,
+        k: _builtins.int = ...,
+        filter: _types_pb2.Filter | None = ...,
+        exact: _builtins.bool = ...,
+        recall_target: _builtins.float | None = ...,
+        with_payload: _builtins.bool = ...,
+        with_vector: _builtins.bool = ...,
+        consistency: _types_pb2.Consistency.ValueType = ...,
+        session: _types_pb2.SessionToken | None = ...,
+        model: _types_pb2.EmbeddingModel | None = ...,
+        explain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "filter", b"filter", "model", b"model", "recall_target", b"recall_target", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "collection", b"collection", "consistency", b"consistency", "exact", b"exact", "explain", b"explain", "filter", b"filter", "k", b"k", "model", b"model", "negative", b"negative", "positive", b"positive", "recall_target", b"recall_target", "session", b"session", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
+    _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_target) -> _WhichOneofReturnType__recall_target | None: ...
+
+Global___RecommendRequest: _TypeAlias = RecommendRequest  # noqa: Y015
+
+@_typing.final
+class RecommendResponse(_message.Message):
+    """What is near to the examples."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALENESS_MS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    staleness_ms: _builtins.int
+    """As in SearchResponse, ms."""
+    @_builtins.property
+    def hits(self) -> Global___QueryHits:
+        """Best first; scores are those to the vector searched with."""
+
+    @_builtins.property
+    def as_of(self) -> _types_pb2.SessionToken:
+        """The positions the answer was read at; the client merges it into its session."""
+
+    @_builtins.property
+    def explain(self) -> Global___Explain:
+        """Present if asked for."""
+
+    def __init__(
+        self,
+        *,
+        hits: Global___QueryHits | None = ...,
+        as_of: _types_pb2.SessionToken | None = ...,
+        staleness_ms: _builtins.int = ...,
+        explain: Global___Explain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "hits", b"hits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "hits", b"hits", "staleness_ms", b"staleness_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecommendResponse: _TypeAlias = RecommendResponse  # noqa: Y015
+
+@_typing.final
+class SearchDiverseRequest(_message.Message):
+    """Chooses hits among the nearest candidates, each time the one with the greatest
+    mmr_lambda * score - (1 - mmr_lambda) * (greatest similarity to a chosen one).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    K_FIELD_NUMBER: _builtins.int
+    CANDIDATES_FIELD_NUMBER: _builtins.int
+    MMR_LAMBDA_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    RECALL_TARGET_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
+    WITH_VECTOR_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    k: _builtins.int
+    """Hits wanted, 1 to 1,000."""
+    candidates: _builtins.int
+    """Nearest points to choose among, k to 1,000; 0 means 4k."""
+    mmr_lambda: _builtins.float
+    """1: nearness alone; 0: difference alone; absent: 0.5."""
+    exact: _builtins.bool
+    """As in SearchRequest."""
+    recall_target: _builtins.float
+    """As in SearchRequest."""
+    with_payload: _builtins.bool
+    """Return attributes, payloads and provenance of the hits."""
+    with_vector: _builtins.bool
+    """Return vectors of the hits."""
+    consistency: _types_pb2.Consistency.ValueType
+    """How fresh the answer must be."""
+    explain: _builtins.bool
+    """Return how the answer was found."""
+    @_builtins.property
+    def query(self) -> Global___Example:
+        """What to be near to."""
+
+    @_builtins.property
+    def filter(self) -> _types_pb2.Filter:
+        """Only points that satisfy it; absent: all."""
+
+    @_builtins.property
+    def session(self) -> _types_pb2.SessionToken:
+        """What the session has seen."""
+
+    @_builtins.property
+    def model(self) -> _types_pb2.EmbeddingModel:
+        """The model that made the vector; refused if the collection records another."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        query: Global___Example | None = ...,
+        k: _builtins.int = ...,
+        candidates: _builtins.int = ...,
+        mmr_lambda: _builtins.float | None = ...,
+        filter: _types_pb2.Filter | None = ...,
+        exact: _builtins.bool = ...,
+        recall_target: _builtins.float | None = ...,
+        with_payload: _builtins.bool = ...,
+        with_vector: _builtins.bool = ...,
+        consistency: _types_pb2.Consistency.ValueType = ...,
+        session: _types_pb2.SessionToken | None = ...,
+        model: _types_pb2.EmbeddingModel | None = ...,
+        explain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mmr_lambda", b"_mmr_lambda", "_recall_target", b"_recall_target", "filter", b"filter", "mmr_lambda", b"mmr_lambda", "model", b"model", "query", b"query", "recall_target", b"recall_target", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mmr_lambda", b"_mmr_lambda", "_recall_target", b"_recall_target", "candidates", b"candidates", "collection", b"collection", "consistency", b"consistency", "exact", b"exact", "explain", b"explain", "filter", b"filter", "k", b"k", "mmr_lambda", b"mmr_lambda", "model", b"model", "query", b"query", "recall_target", b"recall_target", "session", b"session", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mmr_lambda: _TypeAlias = _typing.Literal["mmr_lambda"]  # noqa: Y015
+    _WhichOneofArgType__mmr_lambda: _TypeAlias = _typing.Literal["_mmr_lambda", b"_mmr_lambda"]  # noqa: Y015
+    _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
+    _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mmr_lambda) -> _WhichOneofReturnType__mmr_lambda | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_target) -> _WhichOneofReturnType__recall_target | None: ...
+
+Global___SearchDiverseRequest: _TypeAlias = SearchDiverseRequest  # noqa: Y015
+
+@_typing.final
+class SearchDiverseResponse(_message.Message):
+    """What was chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALENESS_MS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    staleness_ms: _builtins.int
+    """As in SearchResponse, ms."""
+    @_builtins.property
+    def hits(self) -> Global___QueryHits:
+        """In the order they were chosen; scores are those to the query."""
+
+    @_builtins.property
+    def as_of(self) -> _types_pb2.SessionToken:
+        """The positions the answer was read at; the client merges it into its session."""
+
+    @_builtins.property
+    def explain(self) -> Global___Explain:
+        """Present if asked for."""
+
+    def __init__(
+        self,
+        *,
+        hits: Global___QueryHits | None = ...,
+        as_of: _types_pb2.SessionToken | None = ...,
+        staleness_ms: _builtins.int = ...,
+        explain: Global___Explain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "hits", b"hits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "hits", b"hits", "staleness_ms", b"staleness_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchDiverseResponse: _TypeAlias = SearchDiverseResponse  # noqa: Y015
+
+@_typing.final
+class SearchGroupsRequest(_message.Message):
+    """Finds groups by their best hit. Points without a value of the attribute are in no group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    GROUP_BY_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    GROUP_SIZE_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    RECALL_TARGET_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
+    WITH_VECTOR_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    group_by: _builtins.str
+    """A declared keyword, int, timestamp or bool attribute."""
+    groups: _builtins.int
+    """Groups wanted, 1 to 100."""
+    group_size: _builtins.int
+    """Hits wanted of each group; groups x group_size is at most 1,000."""
+    exact: _builtins.bool
+    """As in SearchRequest."""
+    recall_target: _builtins.float
+    """As in SearchRequest."""
+    with_payload: _builtins.bool
+    """Return attributes, payloads and provenance of the hits."""
+    with_vector: _builtins.bool
+    """Return vectors of the hits."""
+    consistency: _types_pb2.Consistency.ValueType
+    """How fresh the answer must be."""
+    explain: _builtins.bool
+    """Return how the answer was found."""
+    @_builtins.property
+    def query(self) -> Global___Example:
+        """What to be near to."""
+
+    @_builtins.property
+    def filter(self) -> _types_pb2.Filter:
+        """Only points that satisfy it; absent: all."""
+
+    @_builtins.property
+    def session(self) -> _types_pb2.SessionToken:
+        """What the session has seen."""
+
+    @_builtins.property
+    def model(self) -> _types_pb2.EmbeddingModel:
+        """The model that made the vector; refused if the collection records another."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        query: Global___Example | None = ...,
+        group_by: _builtins.str = ...,
+        groups: _builtins.int = ...,
+        group_size: _builtins.int = ...,
+        filter: _types_pb2.Filter | None = ...,
+        exact: _builtins.bool = ...,
+        recall_target: _builtins.float | None = ...,
+        with_payload: _builtins.bool = ...,
+        with_vector: _builtins.bool = ...,
+        consistency: _types_pb2.Consistency.ValueType = ...,
+        session: _types_pb2.SessionToken | None = ...,
+        model: _types_pb2.EmbeddingModel | None = ...,
+        explain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "filter", b"filter", "model", b"model", "query", b"query", "recall_target", b"recall_target", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "collection", b"collection", "consistency", b"consistency", "exact", b"exact", "explain", b"explain", "filter", b"filter", "group_by", b"group_by", "group_size", b"group_size", "groups", b"groups", "model", b"model", "query", b"query", "recall_target", b"recall_target", "session", b"session", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
+    _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_target) -> _WhichOneofReturnType__recall_target | None: ...
+
+Global___SearchGroupsRequest: _TypeAlias = SearchGroupsRequest  # noqa: Y015
+
+@_typing.final
+class HitGroup(_message.Message):
+    """One group."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VALUE_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def value(self) -> _types_pb2.FilterValue:
+        """What its points have in common."""
+
+    @_builtins.property
+    def hits(self) -> Global___QueryHits:
+        """Its best hits, best first: fewer than group_size only if there are no more."""
+
+    def __init__(
+        self,
+        *,
+        value: _types_pb2.FilterValue | None = ...,
+        hits: Global___QueryHits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "value", b"value"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hits", b"hits", "value", b"value"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HitGroup: _TypeAlias = HitGroup  # noqa: Y015
+
+@_typing.final
+class SearchGroupsResponse(_message.Message):
+    """The groups, by their best hit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GROUPS_FIELD_NUMBER: _builtins.int
+    BOUNDED_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALENESS_MS_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    bounded: _builtins.bool
+    """Looking for groups stopped at its bound: a group that belongs here may be missing."""
+    staleness_ms: _builtins.int
+    """As in SearchResponse, ms."""
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___HitGroup]:
+        """Fewer than asked for only if there are no more, or if `bounded`."""
+
+    @_builtins.property
+    def as_of(self) -> _types_pb2.SessionToken:
+        """The positions the answer was read at; the client merges it into its session."""
+
+    @_builtins.property
+    def explain(self) -> Global___Explain:
+        """Present if asked for: how the groups were found."""
+
+    def __init__(
+        self,
+        *,
+        groups: _abc.Iterable[Global___HitGroup] | None = ...,
+        bounded: _builtins.bool = ...,
+        as_of: _types_pb2.SessionToken | None = ...,
+        staleness_ms: _builtins.int = ...,
+        explain: Global___Explain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "bounded", b"bounded", "explain", b"explain", "groups", b"groups", "staleness_ms", b"staleness_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchGroupsResponse: _TypeAlias = SearchGroupsResponse  # noqa: Y015
+
+@_typing.final
+class SearchRangeRequest(_message.Message):
+    """Asks for every point within a distance."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COLLECTION_FIELD_NUMBER: _builtins.int
+    QUERY_FIELD_NUMBER: _builtins.int
+    SCORE_MIN_FIELD_NUMBER: _builtins.int
+    DISTANCE_MAX_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    WITH_PAYLOAD_FIELD_NUMBER: _builtins.int
+    WITH_VECTOR_FIELD_NUMBER: _builtins.int
+    CONSISTENCY_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    collection: _builtins.str
+    """The collection's name."""
+    score_min: _builtins.float
+    """Cosine, dot: the least score."""
+    distance_max: _builtins.float
+    """L2: the greatest distance."""
+    limit: _builtins.int
+    """Hits in the whole stream, 1 to 100,000; 0 means 100,000."""
+    cursor: _builtins.bytes
+    """`cursor` of the last message received; empty to begin."""
+    with_payload: _builtins.bool
+    """Return attributes, payloads and provenance of the hits."""
+    with_vector: _builtins.bool
+    """Return vectors of the hits."""
+    consistency: _types_pb2.Consistency.ValueType
+    """How fresh the answer must be."""
+    explain: _builtins.bool
+    """Return how the answer was found."""
+    @_builtins.property
+    def query(self) -> Global___Example:
+        """What to be near to."""
+
+    @_builtins.property
+    def filter(self) -> _types_pb2.Filter:
+        """Only points that satisfy it; absent: all. Must be the same when a cursor is given."""
+
+    @_builtins.property
+    def session(self) -> _types_pb2.SessionToken:
+        """What the session has seen."""
+
+    @_builtins.property
+    def model(self) -> _types_pb2.EmbeddingModel:
+        """The model that made the vector; refused if the collection records another."""
+
+    def __init__(
+        self,
+        *,
+        collection: _builtins.str = ...,
+        query: Global___Example | None = ...,
+        score_min: _builtins.float = ...,
+        distance_max: _builtins.float = ...,
+        filter: _types_pb2.Filter | None = ...,
+        limit: _builtins.int = ...,
+        cursor: _builtins.bytes = ...,
+        with_payload: _builtins.bool = ...,
+        with_vector: _builtins.bool = ...,
+        consistency: _types_pb2.Consistency.ValueType = ...,
+        session: _types_pb2.SessionToken | None = ...,
+        model: _types_pb2.EmbeddingModel | None = ...,
+        explain: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "distance_max", b"distance_max", "filter", b"filter", "model", b"model", "query", b"query", "score_min", b"score_min", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bound", b"bound", "collection", b"collection", "consistency", b"consistency", "cursor", b"cursor", "distance_max", b"distance_max", "explain", b"explain", "filter", b"filter", "limit", b"limit", "model", b"model", "query", b"query", "score_min", b"score_min", "session", b"session", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_bound: _TypeAlias = _typing.Literal["score_min", "distance_max"]  # noqa: Y015
+    _WhichOneofArgType_bound: _TypeAlias = _typing.Literal["bound", b"bound"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_bound) -> _WhichOneofReturnType_bound | None: ...
+
+Global___SearchRangeRequest: _TypeAlias = SearchRangeRequest  # noqa: Y015
+
+@_typing.final
+class SearchRangeResponse(_message.Message):
+    """The next hits, farther than those before. A stream that ends without an error is complete."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HITS_FIELD_NUMBER: _builtins.int
+    CURSOR_FIELD_NUMBER: _builtins.int
+    AS_OF_FIELD_NUMBER: _builtins.int
+    STALENESS_MS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    cursor: _builtins.bytes
+    """Continues the stream behind these hits; empty in the last message. Opaque."""
+    staleness_ms: _builtins.int
+    """As in SearchResponse, ms."""
+    truncated: _builtins.bool
+    """In the last message: more points lie within the bound than `limit`."""
+    @_builtins.property
+    def hits(self) -> Global___QueryHits:
+        """Best first; ties by id. May be empty in the last message."""
+
+    @_builtins.property
+    def as_of(self) -> _types_pb2.SessionToken:
+        """The positions read so far."""
+
+    @_builtins.property
+    def explain(self) -> Global___Explain:
+        """In the last message, if asked for."""
+
+    def __init__(
+        self,
+        *,
+        hits: Global___QueryHits | None = ...,
+        cursor: _builtins.bytes = ...,
+        as_of: _types_pb2.SessionToken | None = ...,
+        staleness_ms: _builtins.int = ...,
+        truncated: _builtins.bool = ...,
+        explain: Global___Explain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "explain", b"explain", "hits", b"hits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["as_of", b"as_of", "cursor", b"cursor", "explain", b"explain", "hits", b"hits", "staleness_ms", b"staleness_ms", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchRangeResponse: _TypeAlias = SearchRangeResponse  # noqa: Y015

@@ -40,6 +40,26 @@ class SearchStub:
                 request_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchRequest.SerializeToString,
                 response_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchResponse.FromString,
                 _registered_method=True)
+        self.Recommend = channel.unary_unary(
+                '/shoal.v1.Search/Recommend',
+                request_serializer=shoal__protos_dot_v1_dot_search__pb2.RecommendRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_search__pb2.RecommendResponse.FromString,
+                _registered_method=True)
+        self.SearchDiverse = channel.unary_unary(
+                '/shoal.v1.Search/SearchDiverse',
+                request_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchDiverseRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchDiverseResponse.FromString,
+                _registered_method=True)
+        self.SearchGroups = channel.unary_unary(
+                '/shoal.v1.Search/SearchGroups',
+                request_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchGroupsRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchGroupsResponse.FromString,
+                _registered_method=True)
+        self.SearchRange = channel.unary_stream(
+                '/shoal.v1.Search/SearchRange',
+                request_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchRangeRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchRangeResponse.FromString,
+                _registered_method=True)
 
 
 class SearchServicer:
@@ -53,6 +73,34 @@ class SearchServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Recommend(self, request, context):
+        """Finds the points nearest to what several examples have in common, away from others.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchDiverse(self, request, context):
+        """Finds near points that differ from each other: maximal marginal relevance.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchGroups(self, request, context):
+        """Finds the nearest groups of points that share an attribute's value, with the best of each.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchRange(self, request, context):
+        """Streams every point within a distance, nearest first; exact.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SearchServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +108,26 @@ def add_SearchServicer_to_server(servicer, server):
                     servicer.Search,
                     request_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchRequest.FromString,
                     response_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchResponse.SerializeToString,
+            ),
+            'Recommend': grpc.unary_unary_rpc_method_handler(
+                    servicer.Recommend,
+                    request_deserializer=shoal__protos_dot_v1_dot_search__pb2.RecommendRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_search__pb2.RecommendResponse.SerializeToString,
+            ),
+            'SearchDiverse': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchDiverse,
+                    request_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchDiverseRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchDiverseResponse.SerializeToString,
+            ),
+            'SearchGroups': grpc.unary_unary_rpc_method_handler(
+                    servicer.SearchGroups,
+                    request_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchGroupsRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchGroupsResponse.SerializeToString,
+            ),
+            'SearchRange': grpc.unary_stream_rpc_method_handler(
+                    servicer.SearchRange,
+                    request_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchRangeRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchRangeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +158,114 @@ class Search:
             '/shoal.v1.Search/Search',
             shoal__protos_dot_v1_dot_search__pb2.SearchRequest.SerializeToString,
             shoal__protos_dot_v1_dot_search__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Recommend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Search/Recommend',
+            shoal__protos_dot_v1_dot_search__pb2.RecommendRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_search__pb2.RecommendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchDiverse(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Search/SearchDiverse',
+            shoal__protos_dot_v1_dot_search__pb2.SearchDiverseRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_search__pb2.SearchDiverseResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchGroups(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/shoal.v1.Search/SearchGroups',
+            shoal__protos_dot_v1_dot_search__pb2.SearchGroupsRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_search__pb2.SearchGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchRange(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/shoal.v1.Search/SearchRange',
+            shoal__protos_dot_v1_dot_search__pb2.SearchRangeRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_search__pb2.SearchRangeResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,6 +35,14 @@ class SearchStub:
     def __new__(cls, channel: _aio.Channel) -> SearchAsyncStub: ...
     Search: _grpc.UnaryUnaryMultiCallable[_search_pb2.SearchRequest, _search_pb2.SearchResponse]
     """Answers every query of the request under the same filter and settings."""
+    Recommend: _grpc.UnaryUnaryMultiCallable[_search_pb2.RecommendRequest, _search_pb2.RecommendResponse]
+    """Finds the points nearest to what several examples have in common, away from others."""
+    SearchDiverse: _grpc.UnaryUnaryMultiCallable[_search_pb2.SearchDiverseRequest, _search_pb2.SearchDiverseResponse]
+    """Finds near points that differ from each other: maximal marginal relevance."""
+    SearchGroups: _grpc.UnaryUnaryMultiCallable[_search_pb2.SearchGroupsRequest, _search_pb2.SearchGroupsResponse]
+    """Finds the nearest groups of points that share an attribute's value, with the best of each."""
+    SearchRange: _grpc.UnaryStreamMultiCallable[_search_pb2.SearchRangeRequest, _search_pb2.SearchRangeResponse]
+    """Streams every point within a distance, nearest first; exact."""
 
 @_typing.type_check_only
 class SearchAsyncStub(SearchStub):
@@ -43,6 +51,14 @@ class SearchAsyncStub(SearchStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Search: _aio.UnaryUnaryMultiCallable[_search_pb2.SearchRequest, _search_pb2.SearchResponse]  # type: ignore[assignment]
     """Answers every query of the request under the same filter and settings."""
+    Recommend: _aio.UnaryUnaryMultiCallable[_search_pb2.RecommendRequest, _search_pb2.RecommendResponse]  # type: ignore[assignment]
+    """Finds the points nearest to what several examples have in common, away from others."""
+    SearchDiverse: _aio.UnaryUnaryMultiCallable[_search_pb2.SearchDiverseRequest, _search_pb2.SearchDiverseResponse]  # type: ignore[assignment]
+    """Finds near points that differ from each other: maximal marginal relevance."""
+    SearchGroups: _aio.UnaryUnaryMultiCallable[_search_pb2.SearchGroupsRequest, _search_pb2.SearchGroupsResponse]  # type: ignore[assignment]
+    """Finds the nearest groups of points that share an attribute's value, with the best of each."""
+    SearchRange: _aio.UnaryStreamMultiCallable[_search_pb2.SearchRangeRequest, _search_pb2.SearchRangeResponse]  # type: ignore[assignment]
+    """Streams every point within a distance, nearest first; exact."""
 
 class SearchServicer(metaclass=_abc_1.ABCMeta):
     """Finds the points nearest to one or many queries."""
@@ -54,5 +70,37 @@ class SearchServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_search_pb2.SearchResponse, _abc.Awaitable[_search_pb2.SearchResponse]]:
         """Answers every query of the request under the same filter and settings."""
+
+    @_abc_1.abstractmethod
+    def Recommend(
+        self,
+        request: _search_pb2.RecommendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_search_pb2.RecommendResponse, _abc.Awaitable[_search_pb2.RecommendResponse]]:
+        """Finds the points nearest to what several examples have in common, away from others."""
+
+    @_abc_1.abstractmethod
+    def SearchDiverse(
+        self,
+        request: _search_pb2.SearchDiverseRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_search_pb2.SearchDiverseResponse, _abc.Awaitable[_search_pb2.SearchDiverseResponse]]:
+        """Finds near points that differ from each other: maximal marginal relevance."""
+
+    @_abc_1.abstractmethod
+    def SearchGroups(
+        self,
+        request: _search_pb2.SearchGroupsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_search_pb2.SearchGroupsResponse, _abc.Awaitable[_search_pb2.SearchGroupsResponse]]:
+        """Finds the nearest groups of points that share an attribute's value, with the best of each."""
+
+    @_abc_1.abstractmethod
+    def SearchRange(
+        self,
+        request: _search_pb2.SearchRangeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_pb2.SearchRangeResponse], _abc.AsyncIterator[_search_pb2.SearchRangeResponse]]:
+        """Streams every point within a distance, nearest first; exact."""
 
 def add_SearchServicer_to_server(servicer: SearchServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

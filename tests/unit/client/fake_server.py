@@ -237,6 +237,35 @@ class _Points(points_pb2_grpc.PointsServicer):
 
         return self._fake.answer("Scroll", request, context, success)
 
+    def ScrollOrdered(self, request: Any, context: Any) -> Any:
+        def success() -> Any:
+            start = int(request.cursor or b"0")
+            return points_pb2.ScrollOrderedResponse(
+                rows=types_pb2.Rows(ids=[f"o{start}"]),
+                next_cursor=b"" if start else b"1",
+                as_of=self._fake.read_token(),
+            )
+
+        return self._fake.answer("ScrollOrdered", request, context, success)
+
+    def Facets(self, request: Any, context: Any) -> Any:
+        def success() -> Any:
+            values = [
+                types_pb2.FilterValue(keyword="net"),
+                types_pb2.FilterValue(int=-3),
+                types_pb2.FilterValue(bool=False),
+                types_pb2.FilterValue(timestamp_ms=7),
+            ]
+            return points_pb2.FacetsResponse(
+                facets=[points_pb2.FacetCount(value=value, count=9) for value in values],
+                rows=40,
+                missing=4,
+                distinct=5,
+                as_of=self._fake.read_token(),
+            )
+
+        return self._fake.answer("Facets", request, context, success)
+
     def Count(self, request: Any, context: Any) -> Any:
         return self._fake.answer(
             "Count",
@@ -261,6 +290,55 @@ class _Search(search_pb2_grpc.SearchServicer):
             )
 
         return self._fake.answer("Search", request, context, success)
+
+    def Recommend(self, request: Any, context: Any) -> Any:
+        return self._fake.answer(
+            "Recommend",
+            request,
+            context,
+            lambda: search_pb2.RecommendResponse(hits=HITS, as_of=self._fake.read_token()),
+        )
+
+    def SearchDiverse(self, request: Any, context: Any) -> Any:
+        return self._fake.answer(
+            "SearchDiverse",
+            request,
+            context,
+            lambda: search_pb2.SearchDiverseResponse(hits=HITS, as_of=self._fake.read_token()),
+        )
+
+    def SearchGroups(self, request: Any, context: Any) -> Any:
+        group = search_pb2.HitGroup(value=types_pb2.FilterValue(keyword="net"), hits=HITS)
+        return self._fake.answer(
+            "SearchGroups",
+            request,
+            context,
+            lambda: search_pb2.SearchGroupsResponse(
+                groups=[group], bounded=True, as_of=self._fake.read_token()
+            ),
+        )
+
+    def SearchRange(self, request: Any, context: Any) -> Iterator[Any]:
+        """Hits r0 … r4, one a message; the cursor is the number of the next.
+
+        script["SearchRange"] is asked before each message, and before the first of each stream.
+        """
+        fake = self._fake
+        asked = search_pb2.SearchRangeRequest()
+        asked.CopyFrom(request)
+        start = int(request.cursor or b"0")
+        for number in range(start, 5):
+            fake.answer("SearchRange", asked, context, lambda: None)
+            rows = types_pb2.Rows(ids=[f"r{number}"], seqs=[number])
+            yield search_pb2.SearchRangeResponse(
+                hits=search_pb2.QueryHits(scores=[number], rows=rows),
+                cursor=str(number + 1).encode(),
+                as_of=token(s0=(1, number + 1)),
+            )
+        yield search_pb2.SearchRangeResponse(as_of=token(s0=(1, 9)), truncated=True)
+
+
+HITS = search_pb2.QueryHits(scores=[1.0, 0.5], rows=types_pb2.Rows(ids=["a", "b"], seqs=[1, 2]))
 
 
 BREAK_STREAM = object()

@@ -20,6 +20,7 @@ from shoal_cluster.edge.admission import Admission
 from shoal_cluster.edge.server import EdgeServer, Services, start_server
 from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.query.execute import Searcher
+from shoal_cluster.query.explore import Explorer
 from shoal_protos.v1 import types_pb2
 from tests.unit.query.fake_cluster import FakeCluster
 
@@ -113,6 +114,7 @@ async def loopback(admission: Admission | None = None, **services: Any) -> Async
         "control": control,
         "searching": searcher,
         "reading": searcher.rows,
+        "exploring": Explorer(searcher.scatter),
         "writing": writer,
         "status": control,
         **services,

@@ -281,7 +281,12 @@ def test_a_port_in_use_is_a_conflict_that_names_it() -> None:
         async with loopback() as at:
             nothing: Any = None
             services = Services(
-                control=nothing, searching=nothing, reading=nothing, writing=nothing, status=nothing
+                control=nothing,
+                searching=nothing,
+                reading=nothing,
+                exploring=nothing,
+                writing=nothing,
+                status=nothing,
             )
             with pytest.raises(Conflict, match="in use") as caught:
                 await start_server(at.server.address, services, ids=CountingIds())
