@@ -211,6 +211,17 @@ def loose_invariants(root: Path) -> list[str]:
     return found
 
 
+def stores_of_actors_that_outlive_a_failed_fsync(root: Path) -> list[str]:
+    """Finds buckets opened by an actor without a word on what happens when they break."""
+    return [
+        f"{path}: {line.strip()}"
+        for path in modules(root)
+        if path.is_relative_to(CLUSTER / "actors")
+        for line in (root / path).read_text().splitlines()
+        if "open_store(" in line and "on_broken=end_process" not in line
+    ]
+
+
 # --------------------------------------------------------------------------------------- the tests
 
 RULES = [
@@ -223,6 +234,7 @@ RULES = [
     unseeded_generators,
     modules_of_the_sdk_with_shared_randomness,
     loose_invariants,
+    stores_of_actors_that_outlive_a_failed_fsync,
 ]
 
 
@@ -247,6 +259,10 @@ OFFENCES = {
     "modules_of_the_sdk_with_shared_randomness": (
         "client/shoal/a.py",
         "import random\nx = random.uniform(0, 1)\n",
+    ),
+    "stores_of_actors_that_outlive_a_failed_fsync": (
+        "cluster/shoal_cluster/actors/a.py",
+        "store = open_store(bucket)\n",
     ),
     "loose_invariants": ("cluster/shoal_cluster/wal/README.md", "W-1 slots are contiguous\n"),
 }

@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import RayError
 
 from shoal_cluster.actors.configuration import ClusterConfiguration
+from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import ShoalError, Unavailable, from_wire, to_wire
@@ -31,7 +32,7 @@ def build(
     """Carries out one order. Returns {"entry": …} or {"error": …}, so that errors keep a kind."""
 
     async def run() -> SegmentEntry | None:
-        store = open_store(configuration.bucket)
+        store = open_store(configuration.bucket, on_broken=end_process)
         scratch = Path(configuration.run_directory) / "builds"
         scratch.mkdir(parents=True, exist_ok=True)
         try:

@@ -26,6 +26,7 @@ from shoal_cluster.actors.coordinator import Coordinator, CoordinatorReport, Sta
 from shoal_cluster.actors.process import make_pool
 from shoal_cluster.actors.shard_server import REPORT, ShardServer
 from shoal_cluster.actors.status import cluster_status
+from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.control.catalog import Owner
 from shoal_cluster.control.controller import ControlLoop
@@ -236,7 +237,7 @@ class Controller:
         self._servers = RayServers(configuration, self._pool)
         self._audience = CoordinatorAudience(configuration, start_edge)
         self._loop = ControlLoop(
-            store=open_store(configuration.bucket),
+            store=open_store(configuration.bucket, on_broken=end_process),
             clock=self._clock,
             ids=SystemIdGenerator(),
             servers=self._servers,

@@ -16,7 +16,7 @@ from shoal_cluster.actors.builder import RayBuilds
 from shoal_cluster.actors.configuration import ClusterConfiguration
 from shoal_cluster.actors.feed import PUSH, WAKE, FollowerFeed
 from shoal_cluster.actors.process import make_pool, start_listener
-from shoal_cluster.bucket.local import FsyncFailed
+from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import InvalidRequest
@@ -79,7 +79,7 @@ class ShardServer:
         run_directory = Path(configuration.run_directory)
         scratch = run_directory / "servers" / self._server
         scratch.mkdir(parents=True, exist_ok=True)
-        store = open_store(configuration.bucket)
+        store = open_store(configuration.bucket, on_broken=end_process)
         background = ThreadCompute(1)
         self._pool = make_pool(configuration, self._server)
         ports = ShardPorts(
@@ -194,14 +194,7 @@ class ShardServer:
         return Reply(reply.to_wire(), vectors)
 
     async def _write(self, request: Request) -> Reply:
-        call = WriteCall.from_wire(_fields(request), request.body)
-        try:
-            reply = await self._host.write(call)
-        except FsyncFailed as error:
-            # What the disk holds is unknown and asking again would lie: only a restart that reads
-            # the disk can tell (docs/design/protocol.md, local store).
-            _log.error("fsync_failed", reason=error.message)
-            os._exit(1)
+        reply = await self._host.write(WriteCall.from_wire(_fields(request), request.body))
         return Reply(reply.to_wire())
 
     def _push(self, request: Request) -> Reply:

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+import structlog
+
 from shoal_cluster.bucket.filesystem import (
     TEMPORARY_PREFIX,
     FileSystem,
@@ -54,15 +56,25 @@ _ABSENT = frozenset({errno.ENOENT, errno.ENOTDIR, errno.EISDIR})
 
 T = TypeVar("T")
 
+_log = structlog.get_logger()
+
 
 class FsyncFailed(Indeterminate):
     """The disk did not confirm a write. The process must exit and recover from the bucket."""
+
+
+def end_process() -> None:
+    """Ends this process at once: an `on_broken` for processes that somebody starts again."""
+    os._exit(1)
 
 
 class LocalStore:
     """Store over a directory. Safe for any number of processes on one machine.
 
     Its methods may be awaited on any event loop; the system calls run in two small thread pools.
+
+    on_broken: called from one of those threads when an fsync fails, which is final. A process that
+    serves ends there and then: to some of its parts FsyncFailed is but one more thing to retry.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class LocalStore:
         *,
         filesystem: FileSystem | None = None,
         ids: IdGenerator | None = None,
+        on_broken: Callable[[], None] | None = None,
     ) -> None:
         """Opens the directory, making it if absent, and removes what dead processes left over.
 
@@ -78,6 +91,7 @@ class LocalStore:
         """
         self.root = root.absolute()
         self._filesystem = filesystem or PosixFileSystem()
+        self._on_broken = on_broken
         token = (ids or SystemIdGenerator()).hex(4)
         pid = os.getpid()
         self._temporary_stem = f"{TEMPORARY_PREFIX}{pid}-{process_start(pid)}-{token}"
@@ -284,6 +298,9 @@ class LocalStore:
             f"fsync of {path} failed ({os.strerror(error.errno or 0)}); "
             "this process must exit: what it wrote may be lost"
         )
+        _log.error("fsync_failed", reason=self._fsync_failure.message)
+        if self._on_broken is not None:
+            self._on_broken()
         return self._fsync_failure
 
     def _delete(self, key: str) -> None:

@@ -1,5 +1,6 @@
 """Opens the bucket that a directory or a URL names."""
 
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -10,11 +11,11 @@ from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.errors import InvalidRequest
 
 
-def open_store(url_or_dir: str) -> Store:
+def open_store(url_or_dir: str, *, on_broken: Callable[[], None] | None = None) -> Store:
     """Returns the store: a path or file:// is a directory, s3:// gs:// az:// are object stores.
 
     memory:// is an empty bucket that lives as long as the returned store. A directory is made if
-    absent.
+    absent. on_broken: see LocalStore; the others do not break.
 
     Raises: InvalidRequest naming the schemes; Unavailable or PermissionDenied when the place
     cannot be used.
@@ -23,14 +24,14 @@ def open_store(url_or_dir: str) -> Store:
     if not separator:
         if not url_or_dir:
             raise InvalidRequest("bucket is empty; give a directory or a URL", field="bucket")
-        return LocalStore(Path(url_or_dir).expanduser())
+        return LocalStore(Path(url_or_dir).expanduser(), on_broken=on_broken)
     if scheme == "file":
         parts = urlsplit(url_or_dir)
         if parts.netloc not in ("", "localhost") or not parts.path:
             raise InvalidRequest(
                 f"bucket {url_or_dir!r} must look like file:///directory", field="bucket"
             )
-        return LocalStore(Path(unquote(parts.path)))
+        return LocalStore(Path(unquote(parts.path)), on_broken=on_broken)
     if scheme == "memory":
         return MemoryStore()
     if scheme in SCHEMES:
