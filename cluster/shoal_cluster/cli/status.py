@@ -106,6 +106,7 @@ def _shards(report: admin_pb2.StatusResponse) -> Table:
             "collection",
             "shard",
             "primary",
+            "replicas",
             "epoch",
             "seq",
             "rows",
@@ -118,6 +119,7 @@ def _shards(report: admin_pb2.StatusResponse) -> Table:
                 each.schema.name,
                 shard.shard,
                 _primary(shard),
+                _present(shard, each.schema.replicas),
                 shard.epoch,
                 shard.seq,
                 shard.rows_live,
@@ -160,6 +162,12 @@ def _primary(shard: admin_pb2.ShardStatus) -> str:
         if replica.role == admin_pb2.REPLICA_ROLE_PRIMARY
     ]
     return leading[0] if leading else "(none)"
+
+
+def _present(shard: admin_pb2.ShardStatus, wanted: int) -> str:
+    """Returns how many replicas serve, of how many the collection should have."""
+    ready = sum(replica.state == "ready" for replica in shard.replicas)
+    return f"{ready} of {wanted}"
 
 
 def _role(replica: admin_pb2.ReplicaStatus) -> str:

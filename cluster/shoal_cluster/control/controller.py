@@ -15,7 +15,7 @@ import structlog
 
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.control.catalog import Catalog, CatalogLog, CollectionRecord, Owner
-from shoal_cluster.control.placement import place_all
+from shoal_cluster.control.placement import place_all, require_servers
 from shoal_cluster.control.reconcile import (
     Command,
     OpenReplica,
@@ -203,6 +203,7 @@ class ControlLoop:
             created = _existing(self.catalog, schema.name).schema
             await self._until_serving(created)
             return created
+        require_servers(schema.replicas, len(self._servers.placed()))
         created = replace(schema, id=CollectionId(self._ids.hex(16)), version=1)
         self._refuse_duplicate(self.catalog, created)
         for shard in range(created.shards):
@@ -235,6 +236,8 @@ class ControlLoop:
             return place_all(catalog.with_record(altered), self._servers.placed())
 
         if request not in self.catalog.requests:
+            if change.replicas is not None:
+                require_servers(change.replicas, len(self._servers.placed()))
             await self._update(alter, request)
         schema = _existing(self.catalog, change.name).schema
         await self._until_serving(schema)

@@ -9,9 +9,21 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from shoal_cluster.control.catalog import Catalog, CollectionRecord
+from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.ids import ServerId
 
 Assignment = tuple[tuple[ServerId, ...], ...]
+
+
+def require_servers(replicas: int, servers: int) -> None:
+    """Raises InvalidRequest when a shard cannot have so many replicas on servers of their own."""
+    if replicas > servers:
+        raise InvalidRequest(
+            f"{replicas} replicas need as many servers, the cluster has {servers}; ask for fewer, "
+            "or start it with more (`shoal up --servers`)",
+            field="replicas",
+            limit=f"{servers} servers",
+        )
 
 
 def place(
@@ -23,7 +35,8 @@ def place(
     """Returns the assignment of a collection, keeping what can stay.
 
     servers: every server of the cluster and the node it is on. load: replicas per server so far,
-    leaders: preferred primaries per server so far; both are updated.
+    leaders: preferred primaries per server so far; both are updated. A cluster that came back with
+    fewer servers than a collection has replicas places what it can, and `status` shows what lacks.
     """
     wanted = min(record.schema.replicas, len(servers))
     assignment = []

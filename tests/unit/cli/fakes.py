@@ -325,6 +325,7 @@ def status_report(
         listed = report.collections.add(rows_live=rows)
         listed.schema.name = name
         listed.schema.shards = shards
+        listed.schema.replicas = len(servers)
         listed.schema.recall_target = 0.98
         for number in range(shards):
             shard = listed.shards.add(shard=number, epoch=1, seq=rows, rows_live=rows // shards)

@@ -8,8 +8,9 @@ from click.testing import CliRunner, Result
 
 import shoal
 from shoal_cluster.cli.main import cli
+from shoal_cluster.cli.status import status_tables
 from shoal_cluster.domain.errors import Unavailable
-from tests.unit.cli.fakes import FakeWorld
+from tests.unit.cli.fakes import FakeWorld, status_report
 
 PASSING_COMMANDS = [
     ["status"],
@@ -97,6 +98,14 @@ def test_status_shows_every_kind_of_thing(served: FakeWorld) -> None:
         assert f"\n{title}\n" in shown
     assert "server-0" in shown
     assert "primary" in shown
+
+
+def test_status_shows_how_many_of_the_wanted_replicas_serve() -> None:
+    report = status_report({"c": (1, 10)}, pids={"server-0": 1, "server-1": 2})
+    report.collections[0].schema.replicas = 3
+    report.collections[0].shards[0].replicas[1].state = "opening"
+    shards = next(table for table in status_tables(report) if table.title == "Shards")
+    assert shards.rows[0][shards.columns.index("replicas")] == "1 of 3"
 
 
 def test_status_json_keeps_numbers_and_shows_hashes_as_hex(served: FakeWorld) -> None:

@@ -3,14 +3,23 @@
 import asyncio
 from dataclasses import replace
 
+import pytest
+
 from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.control.catalog import Owner
 from shoal_cluster.control.controller import ControlLoop
-from shoal_cluster.control.reconcile import OpenReplica, Promote, SetFollowers, shard_name
-from shoal_cluster.domain.errors import Unavailable
+from shoal_cluster.control.reconcile import (
+    CloseReplica,
+    OpenReplica,
+    Promote,
+    SetFollowers,
+    shard_name,
+)
+from shoal_cluster.domain.errors import InvalidRequest, Unavailable
 from shoal_cluster.domain.ids import Epoch, ManifestVersion, Seq, ServerId, Slot
 from shoal_cluster.domain.observation import ReplicaReport, ReplicaState, ServerReport
 from shoal_cluster.domain.request import RequestName
+from shoal_cluster.domain.schema_change import SchemaChange
 from tests.unit.shard.nodes import CLUSTER_UUID, SCHEMA, LoopClock, SeededIds, run
 
 REPORT_TIMEOUT_S = 1.0
@@ -53,7 +62,9 @@ class FakeServers:
         report = self.reports[command.server]
         match command:
             case OpenReplica():
-                changed = replace(report, replicas=(*report.replicas, a_replica(command)))
+                changed = replace(report, replicas=(a_replica(command),))
+            case CloseReplica():
+                changed = replace(report, replicas=())
             case Promote():
                 await asyncio.sleep(TAKEOVER_S)
                 self.promoted.append(command.server)
@@ -103,11 +114,9 @@ def a_replica(command):
     )
 
 
-async def a_cluster():
-    """Returns servers, audience and a running loop whose one shard has a primary."""
-    servers, audience = FakeServers(), FakeAudience()
-    loop = ControlLoop(
-        store=MemoryStore(),
+def a_loop(servers, audience, store=None):
+    return ControlLoop(
+        store=store or MemoryStore(),
         clock=LoopClock(),
         ids=SeededIds(1),
         servers=servers,
@@ -115,6 +124,12 @@ async def a_cluster():
         cluster_uuid=CLUSTER_UUID,
         owner=Owner(incarnation="i", address="here", since_ms=0),
     )
+
+
+async def a_cluster():
+    """Returns servers, audience and a running loop whose one shard has a primary."""
+    servers, audience = FakeServers(), FakeAudience()
+    loop = a_loop(servers, audience)
     await loop.claim()
     running = asyncio.ensure_future(loop.run())
     await loop.create_collection(replace(SCHEMA, replicas=2), RequestName("client", 1))
@@ -170,6 +185,54 @@ def test_a_stopped_server_that_goes_on_is_seen_again():
         assert len(servers.promoted) == 2
         followers = servers.reports[servers.promoted[-1]].followers
         assert [*followers.values()] == [(f"unix:/{former}",)]
+        await stop(running)
+
+    run(scenario())
+
+
+def test_more_replicas_than_servers_are_refused_by_name():
+    async def scenario():
+        servers = FakeServers()
+        loop = a_loop(servers, FakeAudience())
+        await loop.claim()
+        running = asyncio.ensure_future(loop.run())
+        with pytest.raises(InvalidRequest, match="4 replicas") as refused:
+            await loop.create_collection(replace(SCHEMA, replicas=4), RequestName("client", 1))
+        assert (refused.value.field, refused.value.limit) == ("replicas", "3 servers")
+        assert loop.catalog.collections == {}
+        created = await loop.create_collection(
+            replace(SCHEMA, replicas=3), RequestName("client", 2)
+        )
+        with pytest.raises(InvalidRequest) as refused:
+            change = SchemaChange(name=created.name, replicas=5)
+            await loop.alter_collection(change, RequestName("client", 3))
+        assert (refused.value.field, refused.value.limit) == ("replicas", "3 servers")
+        assert loop.describe(created.name) == created
+        await stop(running)
+
+    run(scenario())
+
+
+def test_a_collection_that_lost_a_server_for_good_can_still_be_altered():
+    async def scenario():
+        store = MemoryStore()
+        before = a_loop(FakeServers(), FakeAudience(), store)
+        await before.claim()
+        running = asyncio.ensure_future(before.run())
+        created = await before.create_collection(
+            replace(SCHEMA, replicas=3), RequestName("client", 1)
+        )
+        await stop(running)
+        servers = FakeServers()
+        servers.placed = lambda: dict.fromkeys(SERVERS[:2], "node")
+        after = a_loop(servers, FakeAudience(), store)
+        await after.claim()
+        running = asyncio.ensure_future(after.run())
+        change = SchemaChange(name=created.name, chunking_rule="sentences")
+        altered = await after.alter_collection(change, RequestName("client", 2))
+        assert (altered.replicas, altered.chunking_rule) == (3, "sentences")
+        (record,) = after.catalog.collections.values()
+        assert [len(servers) for servers in record.assignment] == [2]
         await stop(running)
 
     run(scenario())
