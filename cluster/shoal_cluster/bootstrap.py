@@ -4,8 +4,9 @@ The only module that wires everything. A running cluster is described by a small
 directory, so that `down` and `status` find it; losing that file loses nothing but convenience.
 
 up: (1) take the state file's name; (2) open the bucket, check or write its `cluster` object; (3)
-refuse when another cluster serves the bucket; (4) start Ray, or join one; (5) start the controller
-and wait until it serves; (6) write the state file. A failure at any step undoes the steps before.
+refuse when another cluster serves the bucket, or may (control/ownership.py); (4) start Ray, or join
+one; (5) start the controller and wait until it serves; (6) write the state file. A failure at any
+step undoes the steps before.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from shoal_cluster.actors.coordinator import ControllerClient
 from shoal_cluster.bucket.identity import open_identity
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.control.catalog import CatalogLog, Owner
+from shoal_cluster.control.ownership import host_identity, objection
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import Conflict, InvalidRequest, ShoalError, Unavailable
 from shoal_cluster.domain.ids import ServerId, SystemIdGenerator, cluster_uuid_text
@@ -53,7 +55,10 @@ _RAY_CPUS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions:
-    """ray_address None: start a Ray of our own here. on_step: told each step in words."""
+    """ray_address None: start a Ray of our own here. on_step: told each step in words.
+
+    take_over: claim the bucket though another machine's cluster may still serve it.
+    """
 
     name: str = "default"
     bucket: str
@@ -63,6 +68,7 @@ class UpOptions:
     grpc_port: int = 7700
     state_directory: Path
     on_step: Callable[[str], None]
+    take_over: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,12 +110,14 @@ def up(options: UpOptions) -> RunningCluster:
     options.on_step(f"opening bucket {options.bucket}")
     bucket = _absolute(options.bucket)
     cluster_uuid, owner = asyncio.run(_inspect_bucket(bucket))
-    if owner is not None and _serves(owner, cluster_uuid):
-        raise Conflict(
-            f"bucket {options.bucket} is being served by another cluster at {owner.address}; "
-            "nothing was changed. Stop that one first",
-            field="bucket",
-        )
+    reason = objection(
+        owner,
+        host=host_identity(),
+        answers=owner is not None and _serves(owner, cluster_uuid),
+        take_over=options.take_over,
+    )
+    if reason is not None:
+        raise Conflict(f"nothing was changed: bucket {options.bucket} {reason}", field="bucket")
     run_directory = Path(tempfile.mkdtemp(prefix="shoal-"))
     ray_pid: int | None = None
     try:
@@ -184,10 +192,7 @@ async def _inspect_bucket(bucket: str) -> tuple[bytes, Owner | None]:
 
 
 def _serves(owner: Owner, cluster_uuid: bytes) -> bool:
-    """Asks the claimed owner whether it lives and serves this very bucket.
-
-    Only a courtesy to people: if both ran, fencing would keep every acknowledged write safe.
-    """
+    """Asks the claimed owner whether it lives and serves this very bucket."""
     import shoal
 
     with shoal.Client(owner.address, timeout_s=2.0) as client:

@@ -1,5 +1,6 @@
 """The command `shoal` as a process of its own, against real clusters."""
 
+import asyncio
 import json
 import os
 import shutil
@@ -16,6 +17,10 @@ import pytest
 import shoal
 from chaos import cluster as clusters
 from shoal_cluster import bootstrap
+from shoal_cluster.bucket.local import LocalStore
+from shoal_cluster.control.catalog import CatalogLog
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.ids import SystemIdGenerator
 
 # A start and a stop take 30 s on two idle cores, and longer where other tests run beside them.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -135,6 +140,11 @@ def test_port_in_use_is_refused(tmp_path: Path) -> None:
 def test_address_where_nothing_listens_is_unavailable() -> None:
     ran = run("status", "--timeout", "1", "--address", f"127.0.0.1:{clusters.free_port()}")
     assert_failed(ran, "`shoal up` starts a cluster")
+
+
+def test_down_gives_the_bucket_up(stopped: Path) -> None:
+    log = CatalogLog(LocalStore(stopped), SystemClock(), SystemIdGenerator())
+    assert asyncio.run(log.read()).owner is None
 
 
 def test_sound_bucket_has_no_problems(stopped: Path) -> None:

@@ -1,9 +1,10 @@
 """Starting and stopping: a Ray that was there before, state files that lie, what is left behind."""
 
+import asyncio
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,11 @@ import pytest
 import shoal
 from chaos import cluster as clusters
 from shoal_cluster import bootstrap
-from shoal_cluster.domain.errors import InvalidRequest, Unavailable
+from shoal_cluster.bucket.local import LocalStore
+from shoal_cluster.control.catalog import CatalogLog, Owner
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.errors import Conflict, InvalidRequest, Unavailable
+from shoal_cluster.domain.ids import SystemIdGenerator
 
 
 def _state(directory: Path, **changes: object) -> Path:
@@ -74,6 +79,33 @@ def test_joining_a_ray_that_is_not_there_starts_nothing(tmp_path: Path) -> None:
             )
         )
     assert bootstrap.running("test", tmp_path / "state") is None
+
+
+def test_a_bucket_of_another_machine_is_taken_over_only_when_told_to(tmp_path: Path) -> None:
+    """Asking 127.0.0.1 would ask ourselves, who do not serve it."""
+    bucket = str(tmp_path / "bucket")
+    owner = Owner(incarnation="i", address="127.0.0.1:1", since_ms=0, host="elsewhere/1")
+    asyncio.run(bootstrap._inspect_bucket(bucket))
+
+    async def claimed() -> Owner | None:
+        log = CatalogLog(LocalStore(Path(bucket)), SystemClock(), SystemIdGenerator())
+        catalog = await log.update(lambda catalog: replace(catalog, owner=owner))
+        return catalog.owner
+
+    assert asyncio.run(claimed()) == owner
+    options = bootstrap.UpOptions(
+        name="test",
+        bucket=bucket,
+        ray_address="127.0.0.1:1",
+        servers=2,
+        grpc_port=clusters.free_port(),
+        state_directory=tmp_path / "state",
+        on_step=lambda step: None,
+    )
+    with pytest.raises(Conflict, match=r"'elsewhere'.*--take-over"):
+        bootstrap.up(options)
+    with pytest.raises(Unavailable, match="no Ray answers"):
+        bootstrap.up(replace(options, take_over=True))
 
 
 @pytest.mark.timeout(240)

@@ -50,7 +50,7 @@ CONTROL_TIMEOUT_S = 30.0
 RESTART_S_MIN, RESTART_S_MAX = 0.2, 6.0
 """Between the death of a process and its next life: Ray's worker start, or a node's."""
 
-OWNER = Owner(incarnation="simulated", address="simulated:0", since_ms=0)
+OWNER = Owner(incarnation="simulated", address="simulated:0", since_ms=0, host="h")
 
 
 class Cluster:

@@ -60,7 +60,7 @@ def test_catalog_in_memory_does_not_go_back_when_updates_end_in_another_order() 
             servers=NoServers(),
             audience=NoServers(),
             cluster_uuid=bytes(16),
-            owner=Owner(incarnation="x", address="", since_ms=0),
+            owner=Owner(incarnation="x", address="", since_ms=0, host="h"),
         )
         claim = asyncio.ensure_future(control.claim())
         await asyncio.sleep(0.1)

@@ -30,6 +30,7 @@ from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.control.catalog import Owner
 from shoal_cluster.control.controller import ControlLoop
+from shoal_cluster.control.ownership import host_identity
 from shoal_cluster.control.reconcile import (
     CloseReplica,
     Command,
@@ -247,6 +248,7 @@ class Controller:
                 incarnation=configuration.incarnation,
                 address=f"{configuration.grpc_host}:{configuration.grpc_port}",
                 since_ms=self._started_ms,
+                host=host_identity(),
             ),
         )
         self._pool.when_lost(lambda address, reason: self._loop.wake())
@@ -308,9 +310,17 @@ class Controller:
         )
 
     async def shutdown(self) -> None:
-        """Stops the control loop, then the servers in order. The caller kills the actors."""
+        """Stops the control loop, then the servers in order, and gives the bucket up.
+
+        The caller kills the actors.
+        """
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._servers.shutdown()
+        try:
+            await self._loop.release()
+        except ShoalError as error:
+            # It only makes the next `up` on another machine ask for --take-over.
+            _log.warning("bucket_not_released", reason=error.message)
         await self._pool.close_all()

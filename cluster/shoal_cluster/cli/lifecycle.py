@@ -15,9 +15,10 @@ from shoal_cluster.settings import SERVERS_MAX
 @click.option("--servers", type=click.IntRange(1, SERVERS_MAX), help="Shard servers to start.")
 @click.option("--host", "grpc_host", help="Interface the gRPC server listens on.")
 @click.option("--port", "grpc_port", type=click.IntRange(1, 65535), help="gRPC port.")
+@click.option("--take-over", is_flag=True, help="Also if a lost machine's cluster has the bucket.")
 @name_option
 @shoal_command
-def up(session: Session) -> None:
+def up(session: Session, take_over: bool) -> None:
     """Starts a cluster on this machine, or on a running Ray, and returns once it serves."""
     settings = session.settings
     cluster = session.entrances.up(
@@ -30,6 +31,7 @@ def up(session: Session) -> None:
             grpc_port=settings.grpc_port,
             state_directory=settings.state_dir,
             on_step=session.output.step,
+            take_over=take_over,
         )
     )
     chosen = "" if cluster.name == "default" else f" --name {cluster.name}"

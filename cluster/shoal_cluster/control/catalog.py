@@ -26,11 +26,23 @@ VERSIONS_KEPT = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """The cluster process group that serves the bucket. address: its gRPC address, to ask it."""
+    """The cluster process group that serves the bucket. address: its gRPC address, to ask it.
+
+    host: the machine that address is meant on (control/ownership.py).
+    """
 
     incarnation: str
     address: str
     since_ms: int
+    host: str
+
+    def to_wire(self) -> list[Any]:
+        return [self.incarnation, self.address, self.since_ms, self.host]
+
+    @staticmethod
+    def from_wire(fields: list[Any]) -> "Owner":
+        incarnation, address, since_ms, host = fields
+        return Owner(incarnation=incarnation, address=address, since_ms=since_ms, host=host)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +83,7 @@ class Catalog:
     def to_wire(self) -> dict[str, Any]:
         owner = self.owner
         return {
-            "owner": None if owner is None else [owner.incarnation, owner.address, owner.since_ms],
+            "owner": None if owner is None else owner.to_wire(),
             "collections": [
                 {
                     "schema": record.schema.to_wire(),
@@ -94,9 +106,7 @@ class Catalog:
             for entry in fields["collections"]
         ]
         return Catalog(
-            owner=None
-            if owner is None
-            else Owner(incarnation=owner[0], address=owner[1], since_ms=owner[2]),
+            owner=None if owner is None else Owner.from_wire(owner),
             collections={record.schema.id: record for record in records},
             dropped=tuple(fields["dropped"]),
             requests=tuple(RequestName(*name) for name in fields["requests"]),

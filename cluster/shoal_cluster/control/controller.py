@@ -253,6 +253,13 @@ class ControlLoop:
                 lambda catalog: catalog.without(_existing(catalog, name).schema.id), request
             )
 
+    async def release(self) -> None:
+        """Gives the bucket up, so that any machine may serve it. Call when nothing serves any more.
+
+        Raises: Conflict when it is another cluster's already; Unavailable.
+        """
+        await self._update(lambda catalog: replace(catalog, owner=None))
+
     def describe(self, name: str) -> CollectionSchema:
         """Raises: NotFound."""
         return _existing(self.catalog, name).schema

@@ -155,7 +155,7 @@ def control_of(bucket: SmallBucket, servers: OneServer) -> ControlLoop:
         servers=servers,
         audience=servers,
         cluster_uuid=bytes(16),
-        owner=Owner(incarnation="me", address="here", since_ms=0),
+        owner=Owner(incarnation="me", address="here", since_ms=0, host="h"),
     )
 
 

@@ -47,9 +47,15 @@ def test_up_uses_settings_and_the_options_that_override_them(
     assert options.servers == 3
     assert options.grpc_port == 7711
     assert options.ray_address == "10.0.0.1:6379"
+    assert not options.take_over
     assert options.state_directory == tmp_path / ".local/state/shoal"
     assert "gRPC at 127.0.0.1:7711" in result.stdout
     assert "opening bucket" in result.stderr
+
+
+def test_take_over_is_passed_on(world: FakeWorld) -> None:
+    assert run(world, "up", "--take-over").exit_code == 0
+    assert world.up_calls[0].take_over
 
 
 def test_up_twice_is_one_paragraph_and_status_1(served: FakeWorld) -> None:

@@ -122,7 +122,7 @@ def a_loop(servers, audience, store=None):
         servers=servers,
         audience=audience,
         cluster_uuid=CLUSTER_UUID,
-        owner=Owner(incarnation="i", address="here", since_ms=0),
+        owner=Owner(incarnation="i", address="here", since_ms=0, host="h"),
     )
 
 
