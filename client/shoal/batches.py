@@ -17,7 +17,10 @@ Payload = Mapping[str, Any] | bytes | None
 """A JSON object, or the UTF-8 of one, or none."""
 
 ROW_OVERHEAD_BYTES = 64
-"""Allowance a row for lengths, tags and short attributes when batches are cut by size."""
+"""Allowance a row for lengths and tags when batches are cut by size."""
+
+_VALUE_BYTES = 9
+"""Of a number, or of a keyword's tag and length, as servers store them at most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -186,14 +189,46 @@ def split(batch: Batch, *, batch_size: int, bytes_max: int) -> Iterator[Batch]:
     start = 0
     size = 0
     for row, point_id in enumerate(batch.ids):
-        row_bytes = vector_bytes + len(point_id) + ROW_OVERHEAD_BYTES
+        row_bytes = vector_bytes + _text_bytes(point_id) + ROW_OVERHEAD_BYTES
         if batch.payloads is not None:
             row_bytes += len(batch.payloads[row])
+        if batch.attributes is not None:
+            row_bytes += _attribute_bytes(batch.attributes[row])
+        if batch.provenance is not None:
+            row_bytes += _provenance_bytes(batch.provenance[row])
         if row > start and (row - start >= batch_size or size + row_bytes > bytes_max):
             yield batch.part(start, row)
             start, size = row, 0
         size += row_bytes
     yield batch.part(start, len(batch.ids))
+
+
+def _text_bytes(text: str) -> int:
+    # What cannot be encoded is refused, naming it, when the batch is.
+    return len(text) if text.isascii() else len(text.encode(errors="replace"))
+
+
+def _attribute_bytes(attributes: Mapping[str, Any] | None) -> int:
+    """Returns the most that a row's attributes take in a request and at the server."""
+    if not isinstance(attributes, Mapping):
+        return 0  # none, or what is refused when the batch is encoded
+    size_bytes = 0
+    for name, value in attributes.items():
+        size_bytes += len(str(name)) + 2 * _VALUE_BYTES
+        if isinstance(value, str):
+            size_bytes += _text_bytes(value)
+        elif isinstance(value, list | tuple):
+            size_bytes += sum(
+                _VALUE_BYTES + _text_bytes(word) for word in value if isinstance(word, str)
+            )
+    return size_bytes
+
+
+def _provenance_bytes(provenance: Provenance | None) -> int:
+    if provenance is None:
+        return 0
+    texts = (provenance.source_id, provenance.source_version)
+    return 4 * _VALUE_BYTES + sum(map(_text_bytes, texts))
 
 
 def payload_to_json(payload: Payload, *, field: str) -> bytes:

@@ -32,8 +32,8 @@ IN_FLIGHT = 4
 IN_FLIGHT_MAX = 16
 """Half of the 32 requests a shard remembers of one client, so that a retry is always recognised."""
 
-CHUNK_BYTES_MAX = 8 * 1024 * 1024
-"""A quarter of the largest request, so that a chunk of large payloads stays far from the limit."""
+CHUNK_BYTES_MAX = 4 * 1024 * 1024
+"""Half of what one shard writes as one record, which a chunk may need to fit as a whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
