@@ -1,6 +1,6 @@
 """The Points service: translates, delegates, translates back. First and last step of a write."""
 
-import asyncio
+import functools
 from collections.abc import AsyncIterator, Sequence
 
 from shoal_cluster.domain.errors import InvalidRequest, ShoalError
@@ -29,6 +29,7 @@ from shoal_cluster.edge.schema_codec import (
     whole_ms,
 )
 from shoal_cluster.edge.status import detail_of
+from shoal_cluster.edge.stream_window import answer_in_window
 from shoal_cluster.ingest.execute import WriteResult
 from shoal_cluster.ingest.validate import (
     DeleteRequest,
@@ -65,39 +66,11 @@ class PointsService(PointsServicer):
     async def UpsertStream(
         self, request_iterator: AsyncIterator[pb.UpsertStreamRequest], context: Context
     ) -> AsyncIterator[pb.UpsertStreamResponse]:
-        """Works on up to STREAM_WINDOW chunks at a time and acknowledges each when it is done.
-
-        A client that sends more than its window is not read from until a chunk is done: HTTP/2
-        then stops it.
-        """
+        """Works on up to STREAM_WINDOW chunks at a time and acknowledges each when it is done."""
         yield pb.UpsertStreamResponse(window=STREAM_WINDOW)
-        chunks = aiter(request_iterator)
-        working: set[asyncio.Task[pb.UpsertStreamResponse]] = set()
-        reading: asyncio.Task[pb.UpsertStreamRequest | None] | None = None
-        ended = False
-        try:
-            while working or not ended:
-                if reading is None and not ended and len(working) < STREAM_WINDOW:
-                    reading = asyncio.ensure_future(_next_chunk(chunks))
-                await asyncio.wait(
-                    [*working, reading] if reading else working,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
-                if reading is not None and reading.done():
-                    chunk = reading.result()
-                    reading = None
-                    if chunk is None:
-                        ended = True
-                    else:
-                        working.add(asyncio.ensure_future(self._upsert_chunk(chunk, context)))
-                for task in [task for task in working if task.done()]:
-                    working.discard(task)
-                    yield task.result()
-        finally:
-            for task in working:
-                task.cancel()
-            if reading is not None:
-                reading.cancel()
+        answer = functools.partial(self._upsert_chunk, context=context)
+        async for response in answer_in_window(request_iterator, answer, window=STREAM_WINDOW):
+            yield response
 
     async def _upsert_chunk(
         self, chunk: pb.UpsertStreamRequest, context: Context
@@ -263,14 +236,6 @@ def _decode_conditions(
         return True, None
     # 0 stands for: does not exist. Sequence numbers start at 1.
     return False, [condition.if_seq for condition in conditions]
-
-
-async def _next_chunk(
-    incoming: AsyncIterator[pb.UpsertStreamRequest],
-) -> pb.UpsertStreamRequest | None:
-    async for chunk in incoming:
-        return chunk
-    return None
 
 
 def _encode_upserted(result: WriteResult) -> pb.UpsertResponse:

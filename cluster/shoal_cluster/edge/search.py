@@ -1,9 +1,13 @@
 """The Search service: translates, delegates, translates back. First and last step of a search."""
 
 import contextlib
-from collections.abc import AsyncGenerator
+import functools
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Final
 
 from shoal_cluster.domain.clock import Clock, SystemClock
+from shoal_cluster.domain.errors import ShoalError
+from shoal_cluster.edge.admission import Admission
 from shoal_cluster.edge.explain_codec import fill_explain, fill_stages
 from shoal_cluster.edge.exploring import (
     decode_diverse,
@@ -16,29 +20,62 @@ from shoal_cluster.edge.exploring import (
     encode_recommended,
 )
 from shoal_cluster.edge.filter_codec import decode_filter
-from shoal_cluster.edge.guard import Context, timeout_s
+from shoal_cluster.edge.guard import TIMEOUT_DEFAULT_S, Context, timeout_s
 from shoal_cluster.edge.ports import Exploring, Searching
 from shoal_cluster.edge.rows_codec import decode_vectors, fill_rows, scores_of
 from shoal_cluster.edge.schema_codec import decode_freshness, decode_model, fill_token, whole_ms
+from shoal_cluster.edge.status import detail_of
+from shoal_cluster.edge.stream_window import answer_in_window
 from shoal_cluster.query.execute import MICROSECONDS, SearchResult
 from shoal_cluster.query.plan import SearchRequest
 from shoal_protos.v1 import search_pb2 as pb
 from shoal_protos.v1.search_pb2_grpc import SearchServicer
 
+STREAM_WINDOW: Final = 64
+"""Searches of one stream worked on at a time: enough for the batches of two shards."""
+
 
 class SearchService(SearchServicer):
     def __init__(
-        self, searching: Searching, exploring: Exploring, clock: Clock | None = None
+        self,
+        searching: Searching,
+        exploring: Exploring,
+        admission: Admission,
+        clock: Clock | None = None,
     ) -> None:
         self._searching = searching
+        self._admission = admission
         self._exploring = exploring
         self._clock = clock or SystemClock()
 
     async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
+        return await self._search(request, timeout_s(context))
+
+    async def SearchStream(  # noqa: N802
+        self, request_iterator: AsyncIterator[pb.SearchStreamRequest], context: Context
+    ) -> AsyncIterator[pb.SearchStreamResponse]:
+        answer = functools.partial(self._search_of_stream, context=context)
+        async for response in answer_in_window(request_iterator, answer, window=STREAM_WINDOW):
+            yield response
+
+    async def _search_of_stream(
+        self, request: pb.SearchStreamRequest, context: Context
+    ) -> pb.SearchStreamResponse:
+        response = pb.SearchStreamResponse(tag=request.tag, window=STREAM_WINDOW)
+        try:
+            with self._admission.admit(len(request.search.vectors)):
+                # The deadline of the RPC is that of the whole stream, not of a search.
+                allowed_s = min(timeout_s(context), TIMEOUT_DEFAULT_S)
+                response.found.CopyFrom(await self._search(request.search, allowed_s))
+        except ShoalError as error:
+            response.error.CopyFrom(detail_of(error))
+        return response
+
+    async def _search(self, request: pb.SearchRequest, allowed_s: float) -> pb.SearchResponse:
         started_s = self._clock.monotonic_s()
         decoded = decode_search(request)
         decoded_s = self._clock.monotonic_s()
-        result = await self._searching.search(decoded, timeout_s=timeout_s(context))
+        result = await self._searching.search(decoded, timeout_s=allowed_s)
         found_s = self._clock.monotonic_s()
         response = encode_result(result, with_payload=request.with_payload)
         if result.explain is not None:

@@ -127,7 +127,7 @@ async def start_server(
     # The generated functions take a server; the guard offers the two methods they call.
     add_CollectionsServicer_to_server(CollectionsService(services.control), guard)  # type: ignore[arg-type]
     add_PointsServicer_to_server(points, guard)  # type: ignore[arg-type]
-    search = SearchService(services.searching, services.exploring)
+    search = SearchService(services.searching, services.exploring, admission)
     add_SearchServicer_to_server(search, guard)  # type: ignore[arg-type]
     add_AdminServicer_to_server(AdminService(services.status), guard)  # type: ignore[arg-type]
     clock = SystemClock()

@@ -106,6 +106,74 @@ class SearchRequest(_message.Message):
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
 
 @_typing.final
+class SearchStreamRequest(_message.Message):
+    """One search of a stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    SEARCH_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Chosen by the caller and given back with the answer: answers come in any order."""
+    @_builtins.property
+    def search(self) -> Global___SearchRequest:
+        """As for Search."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        search: Global___SearchRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["search", b"search"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["search", b"search", "tag", b"tag"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SearchStreamRequest: _TypeAlias = SearchStreamRequest  # noqa: Y015
+
+@_typing.final
+class SearchStreamResponse(_message.Message):
+    """The answer to one search of a stream. An error ends that search, not the stream."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TAG_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    WINDOW_FIELD_NUMBER: _builtins.int
+    tag: _builtins.int
+    """Of the request that it answers."""
+    window: _builtins.int
+    """How many searches the server works on at a time; it reads no more until one is answered."""
+    @_builtins.property
+    def found(self) -> Global___SearchResponse:
+        """What was found."""
+
+    @_builtins.property
+    def error(self) -> _types_pb2.ErrorDetail:
+        """Why nothing was."""
+
+    def __init__(
+        self,
+        *,
+        tag: _builtins.int = ...,
+        found: Global___SearchResponse | None = ...,
+        error: _types_pb2.ErrorDetail | None = ...,
+        window: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "error", b"error", "found", b"found"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "error", b"error", "found", b"found", "tag", b"tag", "window", b"window"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_answer: _TypeAlias = _typing.Literal["found", "error"]  # noqa: Y015
+    _WhichOneofArgType_answer: _TypeAlias = _typing.Literal["answer", b"answer"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_answer) -> _WhichOneofReturnType_answer | None: ...
+
+Global___SearchStreamResponse: _TypeAlias = SearchStreamResponse  # noqa: Y015
+
+@_typing.final
 class QueryHits(_message.Message):
     """The hits of one query, best first; equal scores by point id."""
 

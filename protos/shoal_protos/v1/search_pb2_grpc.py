@@ -40,6 +40,11 @@ class SearchStub:
                 request_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchRequest.SerializeToString,
                 response_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchResponse.FromString,
                 _registered_method=True)
+        self.SearchStream = channel.stream_stream(
+                '/shoal.v1.Search/SearchStream',
+                request_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchStreamRequest.SerializeToString,
+                response_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchStreamResponse.FromString,
+                _registered_method=True)
         self.Recommend = channel.unary_unary(
                 '/shoal.v1.Search/Recommend',
                 request_serializer=shoal__protos_dot_v1_dot_search__pb2.RecommendRequest.SerializeToString,
@@ -68,6 +73,13 @@ class SearchServicer:
 
     def Search(self, request, context):
         """Answers every query of the request under the same filter and settings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SearchStream(self, request_iterator, context):
+        """Answers searches on one long-lived stream, each when it is found: half the cost of unary calls.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +120,11 @@ def add_SearchServicer_to_server(servicer, server):
                     servicer.Search,
                     request_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchRequest.FromString,
                     response_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchResponse.SerializeToString,
+            ),
+            'SearchStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.SearchStream,
+                    request_deserializer=shoal__protos_dot_v1_dot_search__pb2.SearchStreamRequest.FromString,
+                    response_serializer=shoal__protos_dot_v1_dot_search__pb2.SearchStreamResponse.SerializeToString,
             ),
             'Recommend': grpc.unary_unary_rpc_method_handler(
                     servicer.Recommend,
@@ -158,6 +175,33 @@ class Search:
             '/shoal.v1.Search/Search',
             shoal__protos_dot_v1_dot_search__pb2.SearchRequest.SerializeToString,
             shoal__protos_dot_v1_dot_search__pb2.SearchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SearchStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/shoal.v1.Search/SearchStream',
+            shoal__protos_dot_v1_dot_search__pb2.SearchStreamRequest.SerializeToString,
+            shoal__protos_dot_v1_dot_search__pb2.SearchStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

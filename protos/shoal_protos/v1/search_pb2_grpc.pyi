@@ -35,6 +35,8 @@ class SearchStub:
     def __new__(cls, channel: _aio.Channel) -> SearchAsyncStub: ...
     Search: _grpc.UnaryUnaryMultiCallable[_search_pb2.SearchRequest, _search_pb2.SearchResponse]
     """Answers every query of the request under the same filter and settings."""
+    SearchStream: _grpc.StreamStreamMultiCallable[_search_pb2.SearchStreamRequest, _search_pb2.SearchStreamResponse]
+    """Answers searches on one long-lived stream, each when it is found: half the cost of unary calls."""
     Recommend: _grpc.UnaryUnaryMultiCallable[_search_pb2.RecommendRequest, _search_pb2.RecommendResponse]
     """Finds the points nearest to what several examples have in common, away from others."""
     SearchDiverse: _grpc.UnaryUnaryMultiCallable[_search_pb2.SearchDiverseRequest, _search_pb2.SearchDiverseResponse]
@@ -51,6 +53,8 @@ class SearchAsyncStub(SearchStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Search: _aio.UnaryUnaryMultiCallable[_search_pb2.SearchRequest, _search_pb2.SearchResponse]  # type: ignore[assignment]
     """Answers every query of the request under the same filter and settings."""
+    SearchStream: _aio.StreamStreamMultiCallable[_search_pb2.SearchStreamRequest, _search_pb2.SearchStreamResponse]  # type: ignore[assignment]
+    """Answers searches on one long-lived stream, each when it is found: half the cost of unary calls."""
     Recommend: _aio.UnaryUnaryMultiCallable[_search_pb2.RecommendRequest, _search_pb2.RecommendResponse]  # type: ignore[assignment]
     """Finds the points nearest to what several examples have in common, away from others."""
     SearchDiverse: _aio.UnaryUnaryMultiCallable[_search_pb2.SearchDiverseRequest, _search_pb2.SearchDiverseResponse]  # type: ignore[assignment]
@@ -70,6 +74,14 @@ class SearchServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_search_pb2.SearchResponse, _abc.Awaitable[_search_pb2.SearchResponse]]:
         """Answers every query of the request under the same filter and settings."""
+
+    @_abc_1.abstractmethod
+    def SearchStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_search_pb2.SearchStreamRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_search_pb2.SearchStreamResponse], _abc.AsyncIterator[_search_pb2.SearchStreamResponse]]:
+        """Answers searches on one long-lived stream, each when it is found: half the cost of unary calls."""
 
     @_abc_1.abstractmethod
     def Recommend(
