@@ -65,6 +65,10 @@ class Variant(enum.Enum):
     """A replica applies a fence without looking for a manifest that is newer than its own."""
     CLAIM_OUTLIVED = "claim_outlived"
     """A claimant that finds a manifest newer than its claim replays on from it and fences."""
+    OWN_APPEND_TAKEN_FOR_TAIL = "own_append_taken_for_tail"
+    """A primary's strong read ends at an append of its own that was under way when it began."""
+    OWN_SLOT_TAKEN_FOR_FREE = "own_slot_taken_for_free"
+    """A primary's strong read takes the slot it is writing for absent, though it was collected."""
 
 
 BROKEN_VARIANTS = tuple(variant for variant in Variant if variant is not Variant.CORRECT)
@@ -77,8 +81,9 @@ class Chances:
     arrival: per step, that one more writer tries to take over. repacing: per step, that one actor
     gets another pace. burst: per step, that the actor of the last one goes on. nap: that a claimant
     sleeps just before or after its claim. lag_steps_max: a replica rests up to so many steps
-    between reads. flush: per turn of a writer, that it seals instead of appending. paces: what
-    the speeds of all but the collector are drawn from.
+    between reads. flush: per turn of a writer, that it seals instead of appending. primary_reads:
+    whether primaries serve strong reads too. paces: what the speeds of all but the collector are
+    drawn from.
     """
 
     arrival: float = 0.03
@@ -87,6 +92,7 @@ class Chances:
     nap: float = 0.0
     lag_steps_max: int = 6
     flush: float = 0.35
+    primary_reads: bool = True
     collector_pace: float = 1.0
     paces: tuple[float, ...] = (1.0,)
 
@@ -112,6 +118,7 @@ def draw_chances(random: Random) -> Chances:
         nap=random.choice((0.0, 0.6)),
         lag_steps_max=random.choice((6, 60)),
         flush=random.choice((0.35, 0.7)),
+        primary_reads=random.choice((False, True)),
         collector_pace=random.choice((0.2, 1.0, 3.0)),
         paces=random.choice((EVEN_PACES, UNEVEN_PACES)),
     )
@@ -129,12 +136,17 @@ REPLICA_NAP_SHARE = 0.3
 
 @dataclass(slots=True, kw_only=True)
 class Term:
-    """What a primary knows: its epoch, the newest manifest version, and the log it holds."""
+    """What a primary knows: its epoch, the newest manifest version, and the log it holds.
+
+    appending: the slot whose put is unresolved. ended: it has learned that it was deposed.
+    """
 
     epoch: int
     version: int
     tail: Place
     rows: set[Row]
+    appending: int | None = None
+    ended: bool = False
 
     def add(self, stored: LogObject) -> None:
         self.tail = self.tail.after(stored)
@@ -174,6 +186,7 @@ class Shard:
 
     def __init__(self, bucket: Bucket, random: Random, chances: Chances, variant: Variant) -> None:
         self.history = History()
+        self.spawned: list[Steps[None]] = []
         self._bucket = bucket
         self._random = random
         self._chances = chances
@@ -250,14 +263,21 @@ class Shard:
     # ---- the writer
 
     def writer(self) -> Steps[None]:
-        """Takes the shard over, then appends and flushes until it is fenced or has had enough."""
+        """Takes the shard over, then appends and flushes until it is fenced or has had enough.
+
+        Its strong reads run beside it, as an actor of their own.
+        """
         term = yield from self.take_over()
         if term is None:
             return
+        if self._chances.primary_reads:
+            self.spawned.append(self.primary_reads(term))
         for _ in range(self._random.randint(TURNS_MIN, TURNS_MAX)):
             flush = self._random.random() < self._chances.flush
             serving = yield from (self.flush(term) if flush else self.append_row(term))
             if not serving:
+                term.ended = True
+            if term.ended:
                 return
 
     def take_over(self) -> Steps[Term | None]:
@@ -307,7 +327,7 @@ class Shard:
         bucket = self._bucket
         row = self._unique()
         record = self._next_object(term, rows=frozenset({row}))
-        slot = term.tail.slot + 1
+        slot = term.appending = term.tail.slot + 1
         if self._variant is Variant.AMBIGUOUS_PUT_SKIPPED:
             reply = yield from bucket.put(bucket.wal, slot, record)
             if reply is PutReply.UNKNOWN:
@@ -317,6 +337,9 @@ class Shard:
             mine = reply is PutReply.CREATED
         else:
             mine = (yield from self.create(bucket.wal, slot, record)) is None
+        term.appending = None
+        if term.ended:
+            return False  # even if it is ours: whoever follows the log applies it now
         if mine:
             term.add(record)
             self.history.acked_at[row] = bucket.now
@@ -339,6 +362,47 @@ class Shard:
             term.version, newest = yield from self.newest_manifest()
             if newest.epoch != term.epoch:
                 return False
+
+    def primary_reads(self, term: Term) -> Steps[None]:
+        """Serves one strong read after the other at a primary, until it meets a fence."""
+        bucket = self._bucket
+        while not term.ended:
+            began = bucket.now
+            yield from self._primary_probe(term)
+            if term.ended:
+                return
+            rows = frozenset(term.rows)
+            self.history.strong_reads.append(StrongRead(began=began, ended=bucket.now, rows=rows))
+            yield self._random.randint(0, self._chances.lag_steps_max)
+
+    def _primary_probe(self, term: Term) -> Steps[None]:
+        """Looks for whatever is durable and not in the term, which ends if it is another's.
+
+        Only a put that began before the probe may have landed before it: whoever led since may have
+        appended after it, and even have sealed and collected it.
+        """
+        bucket = self._bucket
+        doubtful = term.appending
+        while True:
+            slot = term.tail.slot + 1
+            stored = yield from bucket.get(bucket.wal, slot)
+            if stored is not None:
+                if stored.epoch != term.epoch:
+                    term.ended = True
+                while term.tail.slot < slot and not term.ended:
+                    yield 0
+                if term.ended or slot != doubtful:
+                    return
+                if self._variant is Variant.OWN_APPEND_TAKEN_FOR_TAIL:
+                    return
+            else:
+                if slot != doubtful or self._variant is Variant.OWN_SLOT_TAKEN_FOR_FREE:
+                    return
+                if not (yield from self._newer_manifest_listed(term.version)):
+                    return
+                while term.appending == slot:
+                    yield 0
+            doubtful = None
 
     # ---- the garbage collector
 
@@ -471,6 +535,8 @@ def run_schedule(seed: int, variant: Variant = Variant.CORRECT) -> Outcome:
         except StopIteration:
             actors.remove(last)
             last = None
+        while shard.spawned:
+            actors.append(_Actor(shard.spawned.pop(), random.choice(chances.paces)))
     bucket.settle()
     history = shard.history
     return Outcome(

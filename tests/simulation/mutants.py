@@ -359,6 +359,11 @@ def manifest_probe_first() -> list[Patch]:
     return [(Replica, "_run_probe", broken)]
 
 
+@mutant("a primary takes an append of its own that was under way for the tail of the log")
+def own_append_taken_for_tail() -> list[Patch]:
+    return [(Primary, "appending", property(lambda self: None))]
+
+
 @mutant("the coordinator does not pass the session's token on")
 def token_not_sent() -> list[Patch]:
     def broken(self: Freshness, shard: Any, schema: Any) -> ReadLevel:

@@ -95,6 +95,7 @@ class Primary:
         self._queued_bytes = 0
         self._settled = asyncio.Event()
         self._settled.set()
+        self._appending: Slot | None = None
         self._loop: asyncio.Task[None] | None = None
         self._ended: ShoalError | None = None
         self.appends = 0
@@ -147,10 +148,20 @@ class Primary:
         self._wake.set()
         return await reply
 
+    @property
+    def appending(self) -> Slot | None:
+        """See replica.Leader: the slot whose put is not resolved yet."""
+        return self._appending
+
+    async def settled(self) -> None:
+        """See replica.Leader."""
+        await self._settled.wait()
+
     async def meet(self, record: WalRecord) -> None:
         """See replica.Leader: our own append landing, or the record that ends our epoch."""
         if record.epoch == self.epoch:
-            await self._settled.wait()
+            if record.slot > self._replica.state.slot:
+                await self.settled()
             return
         self._lose(f"slot {record.slot} was taken by epoch {record.epoch}")
 
@@ -266,6 +277,7 @@ class Primary:
         )
         body = replica.wal.encode(record)
         started_s = replica.ports.clock.monotonic_s()
+        self._appending = record.slot
         self._settled.clear()
         try:
             other = await replica.wal.append(record, body)
@@ -282,6 +294,7 @@ class Primary:
             group.fail(Indeterminate(f"append of slot {record.slot}: {error.message}"))
             raise
         finally:
+            self._appending = None
             self._settled.set()
         if other is not None:
             self._lose(f"slot {record.slot} was taken by epoch {other.epoch}")

@@ -8,6 +8,10 @@ Reads (docs/design/protocol.md):
 
 The order of the two probes matters: garbage collection may remove a slot only after the manifest
 that covers it exists, so a slot found empty first, with no newer manifest after, was truly empty.
+
+On a primary one thing more: an append of its own whose put began before the probe proves nothing.
+It may have landed long ago, with its reply still under way, and others may have fenced the slot
+after it, led and acknowledged since. Only an append that began after the probe shows the tail.
 """
 
 import asyncio
@@ -42,6 +46,15 @@ _LOAD_ATTEMPTS_MAX = 20
 
 class Leader(Protocol):
     """The primary of this very replica: it alone applies records while it leads."""
+
+    @property
+    def appending(self) -> Slot | None:
+        """The slot of the append under way, None when there is none."""
+        ...
+
+    async def settled(self) -> None:
+        """Returns when the append under way, if there is one, is resolved."""
+        ...
 
     async def meet(self, record: WalRecord) -> None:
         """Deals with a record found in our next slot: our own append, or the end of our epoch."""
@@ -227,8 +240,11 @@ class Replica:
     async def _run_probe(self) -> None:
         async with self.advancing:
             self._probe = None
+            # While we lead, the one slot whose put may have landed before this moment.
+            doubtful = None if self.leader is None else self.leader.appending
             while True:
                 started_s = self.ports.clock.monotonic_s()
+                slot = Slot(self.state.slot + 1)
                 try:
                     record = await self._next_record()
                 except Corrupt:
@@ -240,13 +256,20 @@ class Replica:
                         await self.accept(record)
                         continue
                     await self.leader.meet(record)
-                    if self.leader is not None:
-                        return  # our own append: applied, and nobody else's record was there
-                    continue  # fenced: from here on we follow
+                    if self.leader is not None and slot != doubtful:
+                        return  # our own append, begun after the probe: nothing was there before it
+                    doubtful = None
+                    continue  # it proves nothing, or we are fenced and follow from here on
                 newest = await self.manifests.newest_number()
-                if newest is not None and newest > self.manifest_version and self.leader is None:
-                    await self.load_manifest()
-                    continue
+                if newest is not None and newest > self.manifest_version:
+                    if self.leader is None:
+                        await self.load_manifest()
+                        continue
+                    if slot == doubtful:
+                        # Absent may mean: landed, fenced, sealed by another and collected.
+                        await self.leader.settled()
+                        doubtful = None
+                        continue
                 self.mark_at_tail(started_s)
                 return
 

@@ -18,7 +18,7 @@ from shoal_cluster.domain.errors import (
     ShoalError,
     Unavailable,
 )
-from shoal_cluster.domain.ids import Epoch
+from shoal_cluster.domain.ids import Epoch, Slot
 from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.shard.calls import ReadLevel
 from shoal_cluster.shard.primary import IDLE_PROBE_S
@@ -317,6 +317,92 @@ def test_an_append_that_lands_after_the_epoch_ended_is_neither_acknowledged_nor_
             await writing
         await node.replica.wait_for(STRONG)
         assert points_of(node.replica) == {"a": 1}
+        await node.crash()
+
+    run(scenario())
+
+
+class LateReply(MemoryStore):
+    """A bucket in which the next put of a record takes effect and is answered when told to."""
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        super().__init__(objects)
+        self.reply: asyncio.Event | None = None
+        self.landed = asyncio.Event()
+
+    async def create(self, key: str, body: bytes) -> PutOutcome:
+        outcome = await super().create(key, body)
+        if self.reply is not None and key.startswith(KEYS.wal):
+            reply, self.reply = self.reply, None
+            self.landed.set()
+            await reply.wait()
+        return outcome
+
+
+@pytest.mark.parametrize("collected", [False, True])
+def test_a_strong_read_of_a_deposed_primary_does_not_stop_at_its_own_append(tmp_path, collected):
+    """The append landed before another led; it shows nothing about what came after.
+
+    collected: its slot is sealed and gone when the read looks, so that the slot seems to be free.
+    """
+
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        store = LateReply(shard.objects)
+        old = await shard.node(store=store).load()
+        await old.promote()
+        heir = await shard.follow()
+        shard.network.connected = False
+        reply = store.reply = asyncio.Event()
+        writing = asyncio.ensure_future(old.write(upsert(1, {"a": 1})))
+        await store.landed.wait()
+        slot = old.replica.state.slot + 1
+        await heir.promote()
+        await heir.write(upsert(1, {"b": 2}, client="other"))  # acknowledged before the read began
+        if collected:
+            await heir.seal()
+            del shard.objects[KEYS.slot(Slot(slot))]
+        reading = asyncio.ensure_future(old.replica.wait_for(STRONG))
+        await asyncio.sleep(0.01)  # virtual: it has asked for the slot, and waits for the put
+        reply.set()
+        await reading
+        assert points_of(old.replica) == {"a": 1, "b": 2}
+        assert old.replica.state.position == heir.replica.state.position
+        assert not old.primary.serving
+        await writing  # true: the record is in the log, and was acknowledged at its position
+        await old.crash()
+        await heir.crash()
+
+    run(scenario())
+
+
+def test_a_strong_read_of_a_busy_primary_ends_with_the_first_append_that_began_after_it(tmp_path):
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        store = LateReply(shard.objects)
+        node = await shard.node(store=store).load()
+        await node.promote()
+        first_reply, second_reply, third_reply = (asyncio.Event() for _ in range(3))
+        store.reply = first_reply
+        writes = [asyncio.ensure_future(node.write(upsert(1, {"a": 1})))]
+        await store.landed.wait()
+        store.landed.clear()
+        reading = asyncio.ensure_future(node.replica.wait_for(STRONG))
+        writes.append(asyncio.ensure_future(node.write(upsert(2, {"b": 2}))))
+        await asyncio.sleep(0.01)
+        assert not reading.done()
+        store.reply = second_reply
+        first_reply.set()
+        await store.landed.wait()
+        writes.append(asyncio.ensure_future(node.write(upsert(3, {"c": 3}))))
+        store.reply = third_reply
+        second_reply.set()
+        async with asyncio.timeout(60):
+            await reading
+        assert points_of(node.replica) == {"a": 1, "b": 2}
+        assert not writes[2].done(), "it does not wait for the third"
+        third_reply.set()
+        await asyncio.gather(*writes)
         await node.crash()
 
     run(scenario())
