@@ -293,6 +293,9 @@ class Replica:
     async def accept(self, record: WalRecord) -> None:
         """Applies the record of our next slot, unless it is a fence in a slot that was collected.
 
+        A record that was applied while it was read is passed over: our own append, when the epoch
+        ended just after it.
+
         A claimant may sleep until its slot was written, sealed and collected, and then put a fence
         where nothing is any more. It never leads, but its fence must not be taken for the record
         that was there: it would lift our position over writes that we have not seen. Such a slot
@@ -304,8 +307,8 @@ class Replica:
             newest = await self.manifests.newest_number()
             if newest is not None and newest > self.manifest_version:
                 await self.load_manifest()
-            if record.slot <= self.state.slot:
-                return
+        if record.slot <= self.state.slot:
+            return
         self._apply(record)
 
     def _apply(self, record: WalRecord) -> None:

@@ -408,6 +408,37 @@ def test_a_strong_read_of_a_busy_primary_ends_with_the_first_append_that_began_a
     run(scenario())
 
 
+def test_a_record_that_was_applied_while_a_probe_read_it_is_no_damage(tmp_path):
+    """The read began while we led and was answered after the epoch; the append lies in between."""
+
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        read = node.replica.wal.read
+        asked, found, answer = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def read_late(slot):
+            asked.set()
+            while (record := await read(slot)) is None:
+                await asyncio.sleep(0.001)
+            found.set()
+            await answer.wait()
+            return record
+
+        node.replica.wal.read = read_late
+        reading = asyncio.ensure_future(node.replica.wait_for(STRONG))
+        await asked.wait()
+        await node.write(upsert(1, {"a": 1}))
+        await found.wait()
+        node.primary._lose("a sealing failed")
+        node.replica.wal.read = read
+        answer.set()
+        await reading
+        assert points_of(node.replica) == {"a": 1}
+        await node.crash()
+
+    run(scenario())
+
+
 def test_writes_are_slowed_down_and_not_dropped_when_sealing_cannot_keep_up(tmp_path, monkeypatch):
     monkeypatch.setattr(limits, "SEAL_OPERATIONS", 4)
     monkeypatch.setattr(limits, "MEMTABLE_OPERATIONS_MAX", 8)
