@@ -364,6 +364,8 @@ class SimulatedClient:
             as_of, rows = await self._call(read, Unavailable)
         except ShoalError as error:
             self._complain(error, what)
+            if error.outcome is not Outcome.NOT_APPLIED:
+                self._world.violate(f"{what} of {self.name}, a read, is unknown: {error.message}")
             self._note(f"{what} {level.value} failed: {error.kind}")
             return False
         self._token = merge_tokens(self._token, as_of)

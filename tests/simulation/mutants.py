@@ -364,6 +364,23 @@ def own_append_taken_for_tail() -> list[Patch]:
     return [(Primary, "appending", property(lambda self: None))]
 
 
+@mutant("a read that waits in a replica that is closed ends as if it had been a write")
+def closed_read_is_unknown() -> list[Patch]:
+    import asyncio
+
+    probe = Replica.probe
+
+    async def broken(self: Replica) -> None:
+        try:
+            await probe(self)
+        except Unavailable as error:
+            if "was closed" in error.message:
+                raise asyncio.CancelledError from error
+            raise
+
+    return [(Replica, "probe", broken)]
+
+
 @mutant("the coordinator does not pass the session's token on")
 def token_not_sent() -> list[Patch]:
     def broken(self: Freshness, shard: Any, schema: Any) -> ReadLevel:

@@ -117,8 +117,9 @@ class Link(asyncio.Protocol):
         on_lost: what it means if the request was written and no answer came in time or the link
         broke: NOT_APPLIED (reads) raises Unavailable, MAYBE_APPLIED (writes) Indeterminate.
         Concurrent calls may be served in any order. Cancelling this cancels the handler.
-        Raises: what the handler raised, with its outcome; Unavailable (NOT_APPLIED) if the
-        request was not written; Overloaded (NOT_APPLIED) if too many calls are in flight;
+        Raises: what the handler raised, with its outcome (but Unavailable for an Indeterminate,
+        when on_lost says that there is no effect); Unavailable (NOT_APPLIED) if the request was
+        not written; Overloaded (NOT_APPLIED) if too many calls are in flight;
         InvalidRequest (NOT_APPLIED) if the frame would be too large.
         """
         pending = self._pending
@@ -324,7 +325,11 @@ class Link(asyncio.Protocol):
         elif frame.type is _ERROR:
             call = self._pending.pop(frame.request_id, None)
             if call is not None and not call[0].done():
-                call[0].set_exception(received_error(frame.header))
+                error = received_error(frame.header)
+                if isinstance(error, Indeterminate) and call[2] is Outcome.NOT_APPLIED:
+                    # The listener cannot know that the call whose handler it ended is a read.
+                    error = Unavailable(error.message)
+                call[0].set_exception(error)
         elif frame.type is _PONG:
             call = self._pending.pop(frame.request_id, None)
             if call is not None and not call[0].done():

@@ -98,7 +98,7 @@ class Replica:
         self._follower = asyncio.ensure_future(self._follow())
 
     async def close(self) -> None:
-        """Stops following; reads that wait for a probe end as cancelled."""
+        """Stops following; reads that wait for a probe end as Unavailable."""
         tasks = [*self._probes]
         if self._follower is not None:
             tasks.append(self._follower)
@@ -135,12 +135,24 @@ class Replica:
         """Advances to the log's tail as of some moment after this call began.
 
         Calls that arrive before a probe started share it.
+
+        Raises: Unavailable when the replica is closed meanwhile: another may answer.
         """
-        if self._probe is None:
-            self._probe = asyncio.ensure_future(self._run_probe())
-            self._probes.add(self._probe)
-            self._probe.add_done_callback(self._observe)
-        await asyncio.shield(self._probe)
+        probe = self._probe
+        if probe is None:
+            probe = self._probe = asyncio.ensure_future(self._run_probe())
+            self._probes.add(probe)
+            probe.add_done_callback(self._observe)
+        try:
+            await asyncio.shield(probe)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not probe.cancelled() or task is None or task.cancelling():
+                raise  # whoever waits was cancelled himself
+            raise Unavailable(
+                f"the replica of shard {self.keys.shard} was closed while it looked for the log's "
+                "tail; ask another"
+            ) from None
 
     def offer(self, slot: Slot, body: bytes) -> None:
         """Takes a durable record that the primary pushed; out of order it waits or is dropped.

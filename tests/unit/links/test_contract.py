@@ -221,7 +221,7 @@ def test_each_side_ends_a_late_call_without_the_other(memory: Place) -> None:
         gate = Gate()
         async with memory.listening({"gate": gate}) as (_, address):
             link = await memory.connect(address, clock=StoppedClock())
-            with pytest.raises(Indeterminate, match="cancelled while it was served"):
+            with pytest.raises(Unavailable, match="cancelled while it was served"):
                 await link.call("gate", None, timeout_s=0.05, on_lost=READ)
             await link.close()
 
@@ -281,7 +281,12 @@ def test_a_cancelled_call_cancels_the_handler(place: Place) -> None:
     place.run(main())
 
 
-def test_a_handler_cancelled_by_its_own_side_answers_indeterminate(memory: Place) -> None:
+@pytest.mark.parametrize(
+    ("on_lost", "error"), [(READ, Unavailable), (WRITE, Indeterminate)], ids=["read", "write"]
+)
+def test_a_handler_cancelled_by_its_own_side_means_what_a_lost_call_means(
+    memory: Place, on_lost: Outcome, error: type[ShoalError]
+) -> None:
     async def cancels_itself(request: Request) -> Reply:
         task = asyncio.current_task()
         assert task is not None
@@ -291,8 +296,9 @@ def test_a_handler_cancelled_by_its_own_side_answers_indeterminate(memory: Place
 
     async def main() -> None:
         async with memory.linked({"m": cancels_itself}) as link:
-            with pytest.raises(Indeterminate, match="'m' was cancelled while it was served"):
-                await link.call("m", None, timeout_s=10, on_lost=READ)
+            with pytest.raises(error, match="'m' was cancelled while it was served") as caught:
+                await link.call("m", None, timeout_s=10, on_lost=on_lost)
+            assert caught.value.outcome is on_lost
 
     memory.run(main())
 

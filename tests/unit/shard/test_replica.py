@@ -6,7 +6,7 @@ import pytest
 
 from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.bucket.store import ObjectEntry
-from shoal_cluster.domain.errors import Corrupt, NotFound, Unavailable
+from shoal_cluster.domain.errors import Corrupt, NotFound, Outcome, Unavailable
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.shard.calls import ReadLevel
@@ -304,6 +304,30 @@ def test_a_damaged_segment_is_refused_by_name(tmp_path):
         with pytest.raises(Corrupt, match=key):
             await shard.node().load()
         await leader.crash()
+
+    run(scenario())
+
+
+def test_a_read_that_waits_when_the_replica_is_closed_may_be_asked_elsewhere(tmp_path):
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        watched = Watched(shard.objects)
+        follower = await shard.node(store=watched).load()
+        asked = asyncio.Event()
+
+        async def never_answer() -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        watched.before_get[KEYS.slot(Slot(1))] = never_answer
+        reads = [asyncio.ensure_future(follower.replica.wait_for(STRONG)) for _ in range(2)]
+        await asked.wait()
+        reads[1].cancel()
+        await follower.replica.close()
+        ended = await asyncio.gather(*reads, return_exceptions=True)
+        assert isinstance(ended[0], Unavailable)
+        assert ended[0].outcome is Outcome.NOT_APPLIED
+        assert isinstance(ended[1], asyncio.CancelledError), "its own caller left"
 
     run(scenario())
 
