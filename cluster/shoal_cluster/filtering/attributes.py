@@ -36,7 +36,7 @@ def validate_attributes(
     Raises: InvalidRequest naming the field, e.g. `points[3].attributes.section` (nothing applied).
     """
     checked: dict[str, AttributeValue] = {}
-    keyword_bytes = 0
+    size_bytes = 0
     for name, value in attributes.items():
         kind = declared.get(name)
         if kind is None:
@@ -47,26 +47,42 @@ def validate_attributes(
         if is_stored_form(value, kind):
             checked[name] = value
             if isinstance(value, str):
-                keyword_bytes += len(value)
+                size_bytes += len(value)
             continue
         at = f"{field}.{name}"
         if kind is AttributeType.KEYWORD_LIST:
             words = _check_list(value, attribute=name, field=at)
-            keyword_bytes += sum(len(word.encode()) for word in words)
+            size_bytes += sum(len(word.encode()) for word in words)
             checked[name] = list(dict.fromkeys(words))
         else:
             scalar = check_scalar(value, kind, attribute=name, field=at)
             if isinstance(scalar, str):
-                keyword_bytes += len(scalar.encode())
+                size_bytes += len(scalar.encode())
             checked[name] = scalar
-    if keyword_bytes > ATTRIBUTE_BYTES_MAX:
+    require_keyword_bytes(size_bytes, "one row", field=field)
+    return checked
+
+
+def keyword_bytes(attributes: Mapping[str, AttributeValue]) -> int:
+    """Returns the UTF-8 bytes of all keywords of a row as it is stored."""
+    size_bytes = 0
+    for value in attributes.values():
+        if isinstance(value, str):
+            size_bytes += len(value.encode())
+        elif isinstance(value, list):
+            size_bytes += sum(len(word.encode()) for word in value)
+    return size_bytes
+
+
+def require_keyword_bytes(size_bytes: int, whose: str, *, field: str) -> None:
+    """Raises: InvalidRequest when a row has more than ATTRIBUTE_BYTES_MAX."""
+    if size_bytes > ATTRIBUTE_BYTES_MAX:
         raise InvalidRequest(
-            f"the keywords of one row have {keyword_bytes} bytes together; text that is not "
+            f"the keywords of {whose} have {size_bytes} bytes together; text that is not "
             "filtered on belongs in the payload",
             field=field,
             limit=f"{ATTRIBUTE_BYTES_MAX} bytes of UTF-8",
         )
-    return checked
 
 
 def _check_list(value: object, *, attribute: str, field: str) -> list[str]:

@@ -12,11 +12,10 @@ from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.ingest.validate import Batch, Tails, UpsertRequest
 from shoal_cluster.shard.calls import WriteCall, WriteKind
+from shoal_cluster.wal.record import OPERATION_BYTES
 
 PART_BYTES_MAX = WAL_RECORD_BYTES_MAX - 64 * KIB
-"""A part becomes one WAL record; 64 KiB are for its header, names and lengths (64 B a row)."""
-
-ROW_OVERHEAD_BYTES = 16
+"""A part becomes one WAL record; 64 KiB are for what is not rows."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +117,7 @@ def _require_record_size(call: WriteCall) -> None:
         len(call.body)
         + sum(map(len, call.tails))
         + sum(map(len, call.ids))
-        + ROW_OVERHEAD_BYTES * len(call.ids)
+        + OPERATION_BYTES * len(call.ids)
     )
     if size_bytes > PART_BYTES_MAX:
         raise InvalidRequest(

@@ -5,8 +5,8 @@ now, so that what is written to the log are plain upserts and deletes whose repl
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import msgpack
 import numpy as np
@@ -15,13 +15,20 @@ from shoal_cluster.domain import limits
 from shoal_cluster.domain.errors import Conflict, InvalidRequest, Unavailable
 from shoal_cluster.domain.ids import Epoch, Seq
 from shoal_cluster.domain.point import Vector, Vectors, decode_tail, encode_tail
+from shoal_cluster.filtering.attributes import keyword_bytes, require_keyword_bytes
 from shoal_cluster.filtering.expression import matches
 from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard.calls import WriteCall, WriteKind
 from shoal_cluster.shard.dedup import Answer
 from shoal_cluster.shard.rows import matching_ids
 from shoal_cluster.shard.state import ShardState
-from shoal_cluster.wal.record import OperationBatch, RequestMark
+from shoal_cluster.wal.record import OPERATION_BYTES, OperationBatch, RequestMark
+
+BATCH_BYTES_MAX: Final = limits.WAL_RECORD_BYTES_MAX - 4 * limits.KIB
+"""A batch becomes one WAL record; 4 KiB are for its header."""
+
+_REQUEST_BYTES: Final = 64
+"""Of a request in a record, besides its client id, at most."""
 
 
 @dataclass(slots=True)
@@ -33,8 +40,34 @@ class _Pending:
     tail: bytes | None
 
 
+@dataclass(slots=True)
+class _Operations:
+    """What one request becomes: upserts of all ids, or deletes of all when there are no tails.
+
+    vectors: one a row; blocks: the same end to end. more: see WriteReply.
+    """
+
+    ids: Sequence[bytes]
+    tails: Sequence[bytes] = ()
+    vectors: Sequence[Vector] | Vectors = ()
+    blocks: list[Vectors] = field(default_factory=list)
+    more: bool = False
+
+    def size_bytes(self) -> int:
+        """Returns what they take in a record, at most."""
+        return (
+            sum(map(len, self.ids))
+            + sum(map(len, self.tails))
+            + sum(block.nbytes for block in self.blocks)
+            + OPERATION_BYTES * len(self.ids)
+        )
+
+
 class Composition:
-    """A batch under construction. The state must not change while it is being composed."""
+    """A batch under construction. The state must not change while it is being composed.
+
+    Its record has at most WAL_RECORD_BYTES_MAX bytes, whatever the requests become.
+    """
 
     def __init__(self, state: ShardState, epoch: Epoch) -> None:
         self._state = state
@@ -46,6 +79,11 @@ class Composition:
         self._vectors: list[Vectors] = []
         self._tails: list[bytes] = []
         self._pending: dict[bytes, _Pending] = {}
+        self._size_bytes = 0
+
+    @property
+    def full(self) -> bool:
+        return self._size_bytes >= BATCH_BYTES_MAX or len(self._ids) >= limits.WAL_RECORD_OPS_MAX
 
     @property
     def operations(self) -> int:
@@ -71,9 +109,10 @@ class Composition:
             tails=self._tails,
         )
 
-    def add(self, call: WriteCall) -> Answer:
+    def add(self, call: WriteCall) -> Answer | None:
         """Adds a request's operations and returns the answer it gets once the batch is durable.
 
+        None: it does not fit any more and must go into the next batch; an empty one never says so.
         A request that was carried out before gets its first answer and adds nothing.
 
         Raises: InvalidRequest, Conflict (a condition failed on the state as far as it is known
@@ -84,28 +123,49 @@ class Composition:
         if earlier is not None:
             return earlier
         self._check(call)
-        first = len(self._ids)
-        affected, more = self._operations_of(call)
-        first_seq = Seq(self._state.seq + 1 + first)
+        operations = self._operations_of(call)
+        size_bytes = operations.size_bytes() + len(call.client_id.encode()) + _REQUEST_BYTES
+        if size_bytes > BATCH_BYTES_MAX:
+            raise _too_large(call, size_bytes, len(operations.ids))
+        if self._marks and self._size_bytes + size_bytes > BATCH_BYTES_MAX:
+            return None
+        first, affected = len(self._ids), len(operations.ids)
+        self._take(operations)
+        self._size_bytes += size_bytes
         answer = Answer(
             epoch=self._epoch,
             last_seq=Seq(self._state.seq + len(self._ids)),
-            first_seq=first_seq,
+            first_seq=Seq(self._state.seq + 1 + first),
             affected=affected,
-            more=more,
+            more=operations.more,
         )
-        self._marks.append(RequestMark(*name, first, len(self._ids) - first, affected, more))
+        self._marks.append(RequestMark(*name, first, affected, affected, operations.more))
         self._answers[name] = answer
         return answer
 
-    def _operations_of(self, call: WriteCall) -> tuple[int, bool]:
+    def _take(self, operations: _Operations) -> None:
+        first_seq = self._state.seq + 1 + len(self._ids)
+        count = len(operations.ids)
+        if operations.tails:
+            rows = zip(operations.ids, operations.vectors, operations.tails, strict=True)
+            for offset, (point_id, vector, tail) in enumerate(rows):
+                self._pending[point_id] = _Pending(first_seq + offset, vector, tail)
+            self._upserts.extend(b"\x01" * count)
+            self._vectors.extend(operations.blocks)
+            self._tails.extend(operations.tails)
+        else:
+            for offset, point_id in enumerate(operations.ids):
+                self._pending[point_id] = _Pending(first_seq + offset, None, None)
+            self._upserts.extend(b"\x00" * count)
+        self._ids.extend(operations.ids)
+
+    def _operations_of(self, call: WriteCall) -> _Operations:
         if call.kind is WriteKind.UPSERT:
-            return self._upsert(call), False
+            return self._upsert(call)
         if call.kind is WriteKind.PATCH:
-            return self._patch(call), False
+            return self._patch(call)
         if call.kind is WriteKind.DELETE:
-            self._check_conditions(call)
-            return self._delete(call.ids), False
+            return self._delete(call.ids)
         expression = from_wire(call.filter)
         limit = limits.DELETE_BY_FILTER_MAX
         # What the batch so far has touched is judged by what it made of it, the rest as it stands.
@@ -116,7 +176,9 @@ class Composition:
             for point_id, pending in self._pending.items()
             if pending.tail is not None and matches(expression, decode_tail(pending.tail)[1])
         ]
-        return self._delete(chosen), len(stored) > limit
+        operations = self._delete(chosen)
+        operations.more = len(stored) > limit
+        return operations
 
     def _check(self, call: WriteCall) -> None:
         """Refuses what could not be replayed, before anything of the request is in the batch."""
@@ -156,21 +218,10 @@ class Composition:
                     "replica; nothing was applied, try again"
                 )
 
-    def _upsert(self, call: WriteCall) -> int:
+    def _upsert(self, call: WriteCall) -> _Operations:
         dimension = self._state.schema.dimension
         vectors = np.frombuffer(call.body, dtype=np.float32).reshape(len(call.ids), dimension)
-        first_seq = self._state.seq + 1 + len(self._ids)
-        for offset, (point_id, tail) in enumerate(zip(call.ids, call.tails, strict=True)):
-            self._pending[point_id] = _Pending(first_seq + offset, vectors[offset], tail)
-        self._ids.extend(call.ids)
-        self._upserts.extend(b"\x01" * len(call.ids))
-        self._vectors.append(vectors)
-        self._tails.extend(call.tails)
-        return len(call.ids)
-
-    def _push(self, point_id: bytes, vector: Vector | None, tail: bytes | None) -> None:
-        seq = self._state.seq + 1 + len(self._ids)
-        self._pending[point_id] = _Pending(seq, vector, tail)
+        return _Operations(ids=call.ids, tails=call.tails, vectors=vectors, blocks=[vectors])
 
     def _check_conditions(self, call: WriteCall) -> None:
         if not call.if_absent and call.if_seqs is None:
@@ -195,8 +246,11 @@ class Composition:
         place = self._state.locate(point_id)
         return 0 if place is None else place.seq
 
-    def _patch(self, call: WriteCall) -> int:
-        patched = 0
+    def _patch(self, call: WriteCall) -> _Operations:
+        ids: list[bytes] = []
+        tails: list[bytes] = []
+        vectors: list[Vector] = []
+        size_bytes = 0
         for point_id, patch in zip(call.ids, call.patches, strict=True):
             row = self._row_of(point_id)
             if row is None:
@@ -208,14 +262,25 @@ class Composition:
                     attributes.pop(name, None)
                 else:
                     attributes[name] = value
+            require_keyword_bytes(
+                keyword_bytes(attributes),
+                f"point {point_id.decode(errors='replace')!r}, once patched,",
+                field="set",
+            )
             tail = encode_tail(norm, attributes, payload, provenance)
-            self._push(point_id, vector, tail)
-            self._ids.append(point_id)
-            self._upserts.append(1)
-            self._vectors.append(vector.reshape(1, -1))
-            self._tails.append(tail)
-            patched += 1
-        return patched
+            size_bytes += len(point_id) + len(tail) + vector.nbytes + OPERATION_BYTES
+            if size_bytes > BATCH_BYTES_MAX:
+                # At once: the rest may be a hundred times as much.
+                raise _too_large(call, size_bytes, len(ids) + 1)
+            ids.append(point_id)
+            tails.append(tail)
+            vectors.append(vector)
+        return _Operations(
+            ids=ids,
+            tails=tails,
+            vectors=vectors,
+            blocks=[vector.reshape(1, -1) for vector in vectors],
+        )
 
     def _row_of(self, point_id: bytes) -> tuple[Vector, bytes] | None:
         pending = self._pending.get(point_id)
@@ -230,17 +295,20 @@ class Composition:
         place.check(point_id)
         return place.vector, place.tail
 
-    def _delete(self, ids: Sequence[bytes]) -> int:
+    def _delete(self, ids: Sequence[bytes]) -> _Operations:
         """Deletes the ids that exist; a delete of nothing needs no record."""
-        deleted = 0
-        for point_id in ids:
-            if self._seq_of(point_id) == 0:
-                continue
-            self._push(point_id, None, None)
-            self._ids.append(point_id)
-            self._upserts.append(0)
-            deleted += 1
-        return deleted
+        return _Operations(ids=[point_id for point_id in ids if self._seq_of(point_id) != 0])
+
+
+def _too_large(call: WriteCall, size_bytes: int, rows: int) -> InvalidRequest:
+    is_patch = call.kind is WriteKind.PATCH
+    why = "a patch writes vector and payload again, and " if is_patch else ""
+    return InvalidRequest(
+        f"{rows} points of shard {call.shard} make {size_bytes} bytes: {why}a shard writes a "
+        f"request as one record; send fewer than {rows} points at a time",
+        field="ids" if is_patch else "points",
+        limit=f"{BATCH_BYTES_MAX} bytes for one shard",
+    )
 
 
 def _attributes_of(tail: bytes) -> Mapping[str, Any]:

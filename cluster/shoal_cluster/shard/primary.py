@@ -237,29 +237,28 @@ class Primary:
             group.fail(Indeterminate("the primary has stopped; send the same request again"))
 
     def _compose(self, composition: Composition, group: _Group) -> None:
-        size_bytes = 0
-        while (
-            self._queue
-            and size_bytes < limits.WAL_RECORD_BYTES_MAX
-            and composition.operations < limits.WAL_RECORD_OPS_MAX
-        ):
+        while self._queue and not composition.full:
             queued = self._queue.popleft()
             self._queued_bytes -= queued.size_bytes
             if queued.reply.done():
                 continue  # its caller gave up before anything was started
             try:
-                group.members.append((queued, composition.add(queued.call)))
+                answer = composition.add(queued.call)
             except Conflict as error:
                 group.refused.append((queued, error))
             except Corrupt as error:
-                # The request may be half composed, so nothing of the group may be appended.
+                # There may be more damage in what the group was judged by: none of it is appended.
                 self._replica.suspected = True
                 queued.reply.set_exception(error)
                 raise
             except ShoalError as error:
                 queued.reply.set_exception(error)
             else:
-                size_bytes += queued.size_bytes
+                if answer is None:
+                    self._queue.appendleft(queued)
+                    self._queued_bytes += queued.size_bytes
+                    return
+                group.members.append((queued, answer))
 
     async def _append(self, composition: Composition, group: _Group) -> bool:
         """Makes the group durable and visible; False when it was told otherwise."""

@@ -22,6 +22,9 @@ from shoal_cluster.domain.point import Vectors
 FIRST_PUT_ID = bytes(16)
 """What slot 1 names as its predecessor."""
 
+OPERATION_BYTES = 16
+"""What an operation takes in a record besides its id, vector and tail, at most."""
+
 
 class RecordKind(enum.Enum):
     FENCE = "fence"
