@@ -4,11 +4,10 @@ import asyncio
 
 from shoal_cluster.domain.errors import Outcome, ShoalError
 from shoal_cluster.domain.ids import CollectionId, ShardNumber, Slot
+from shoal_cluster.domain.limits import PUSH_BYTES_MAX, PUSHES_MAX
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.pool import LinkPool
 
-PUSHES_IN_FLIGHT_MAX = 64
-"""Past this a slow follower misses pushes and fetches the records itself."""
 PUSH_TIMEOUT_S = 5.0
 
 PUSH = "push"
@@ -16,13 +15,16 @@ WAKE = "wake"
 
 
 class FollowerFeed:
-    """The Publisher (shard/ports.py) of one shard."""
+    """The Publisher (shard/ports.py) of one shard.
+
+    In flight: the sizes of the pushes on their way to each follower.
+    """
 
     def __init__(self, pool: LinkPool, collection: CollectionId, shard: ShardNumber) -> None:
         self._pool = pool
         self._collection = collection
         self._shard = shard
-        self._in_flight: dict[LinkAddress, int] = {}
+        self._in_flight: dict[LinkAddress, list[int]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.addresses: tuple[LinkAddress, ...] = ()
 
@@ -34,9 +36,10 @@ class FollowerFeed:
 
     def _send(self, method: str, header: object, body: bytes) -> None:
         for address in self.addresses:
-            if self._in_flight.get(address, 0) >= PUSHES_IN_FLIGHT_MAX:
+            sizes = self._in_flight.setdefault(address, [])
+            if len(sizes) >= PUSHES_MAX or sum(sizes) + len(body) > PUSH_BYTES_MAX:
                 continue
-            self._in_flight[address] = self._in_flight.get(address, 0) + 1
+            sizes.append(len(body))
             task = asyncio.ensure_future(self._push(address, method, header, body))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -55,4 +58,4 @@ class FollowerFeed:
             # The follower polls the bucket anyway; the controller notices a dead one.
             return
         finally:
-            self._in_flight[address] -= 1
+            self._in_flight[address].remove(len(body))

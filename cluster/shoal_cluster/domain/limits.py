@@ -75,4 +75,8 @@ DEDUP_REQUESTS_MAX = 16_384
 
 # Links
 FRAME_BYTES_MAX = 64 * MIB
+PUSHES_MAX = 64
+PUSH_BYTES_MAX = 32 * MIB
+"""Records on their way to one follower of one shard, and those that wait there for an earlier one:
+four of the largest. Past either, a slow follower misses pushes and fetches the records itself."""
 LINK_IN_FLIGHT_MAX = 4096

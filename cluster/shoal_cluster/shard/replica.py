@@ -23,6 +23,7 @@ import structlog
 from shoal_cluster.domain.errors import Corrupt, NotFound, ShoalError, Unavailable
 from shoal_cluster.domain.ids import ManifestVersion, ShardNumber, Slot
 from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.limits import PUSH_BYTES_MAX, PUSHES_MAX
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import Consistency
 from shoal_cluster.manifest.commit import Manifests
@@ -37,7 +38,6 @@ _log = structlog.get_logger()
 
 POLL_S = 1.0
 """How often a follower probes when nothing is pushed: bounds staleness after a lost push."""
-PUSHED_RECORDS_MAX = 64
 _STUCK_POLL_S_MAX = 60.0
 """How often a follower that met damage looks whether somebody has repaired it, at the least."""
 _LOAD_ATTEMPTS_MAX = 20
@@ -164,7 +164,8 @@ class Replica:
         if slot == self.state.slot + 1 and not self.advancing.locked():
             self._apply(self.wal.decode(slot, body))
             return
-        if len(self._pushed) < PUSHED_RECORDS_MAX:
+        waiting_bytes = sum(map(len, self._pushed.values()))
+        if len(self._pushed) < PUSHES_MAX and waiting_bytes + len(body) <= PUSH_BYTES_MAX:
             self._pushed[slot] = body
         self._wake.set()
 

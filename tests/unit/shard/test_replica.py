@@ -8,9 +8,10 @@ from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.bucket.store import ObjectEntry
 from shoal_cluster.domain.errors import Corrupt, NotFound, Outcome, Unavailable
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
+from shoal_cluster.domain.limits import PUSHES_MAX
 from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.shard.calls import ReadLevel
-from shoal_cluster.shard.replica import POLL_S, PUSHED_RECORDS_MAX
+from shoal_cluster.shard.replica import POLL_S
 from tests.unit.shard.nodes import KEYS, Shard, delete, points_of, run, upsert
 
 STRONG = ReadLevel(consistency=Consistency.STRONG)
@@ -111,16 +112,41 @@ def test_pushes_that_cannot_be_applied_yet_are_bounded(tmp_path):
         shard = await Shard(tmp_path).create()
         leader, follower = await shard.lead(), await shard.follow()
         shard.network.connected = False
-        for number in range(PUSHED_RECORDS_MAX + 20):
+        for number in range(PUSHES_MAX + 20):
             await leader.write(upsert(number + 1, {f"p{number}": number}))
         first = follower.replica.state.slot + 1
         async with follower.replica.advancing:
-            for slot in range(first + 1, first + PUSHED_RECORDS_MAX + 20):
+            for slot in range(first + 1, first + PUSHES_MAX + 20):
                 follower.replica.offer(Slot(slot), shard.objects[KEYS.slot(Slot(slot))])
-            assert len(follower.replica._pushed) == PUSHED_RECORDS_MAX
+            assert len(follower.replica._pushed) == PUSHES_MAX
         await follower.replica.wait_for(STRONG)
         assert points_of(follower.replica) == points_of(leader.replica)
         assert not follower.replica._pushed
+        await leader.crash()
+        await follower.crash()
+
+    run(scenario())
+
+
+def test_pushes_that_cannot_be_applied_yet_are_bounded_in_bytes(tmp_path, monkeypatch):
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        leader, follower = await shard.lead(), await shard.follow()
+        shard.network.connected = False
+        for number in range(20):
+            await leader.write(upsert(number + 1, {f"p{number}": number}))
+        first = follower.replica.state.slot + 1
+        bodies = {slot: shard.objects[KEYS.slot(Slot(slot))] for slot in range(first, first + 20)}
+        bound = 5 * max(map(len, bodies.values()))
+        monkeypatch.setattr("shoal_cluster.shard.replica.PUSH_BYTES_MAX", bound)
+        async with follower.replica.advancing:
+            for slot in range(first + 1, first + 20):
+                follower.replica.offer(Slot(slot), bodies[slot])
+            kept = follower.replica._pushed
+            assert len(kept) >= 5
+            assert sum(map(len, kept.values())) <= bound
+        await follower.replica.wait_for(STRONG)
+        assert points_of(follower.replica) == points_of(leader.replica)
         await leader.crash()
         await follower.crash()
 
