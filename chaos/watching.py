@@ -17,7 +17,7 @@ FIND_WORKERS_S = 1.0
 AFTER_BUILD_S = 0.5
 """A finished segment is still verified, opened and committed by the shard server."""
 
-_BUILD_TITLE = b"ray::build"
+_BUILD_TITLE = b"ray::Builder.build"
 """Ray names a worker after the task that it carries out."""
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from shoal_cluster.actors.calls import bounded
-from shoal_cluster.actors.configuration import CONTROLLER, ClusterConfiguration
+from shoal_cluster.actors.configuration import CONTROLLER, ClusterConfiguration, environment
 from shoal_cluster.actors.coordinator import ControllerClient
 from shoal_cluster.bucket.identity import open_identity
 from shoal_cluster.bucket.open import open_store
@@ -310,6 +310,7 @@ def _start_actors(
             max_task_retries=0,
             num_cpus=0,
             max_concurrency=1000,
+            runtime_env=environment(),
         ).remote(configuration, start_edge)
         address: str = _wait_for(controller.ready.remote(), READY_TIMEOUT_S)
     finally:

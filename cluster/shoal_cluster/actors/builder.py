@@ -1,14 +1,23 @@
-"""Builds as Ray tasks: each in a process of its own, away from the serving actors."""
+"""Builds in processes of their own, away from the serving actors and below them in priority.
+
+A shard server has two builders, one that seals and one that merges, because a seal holds up
+writers when it waits behind a merge of minutes. Each carries out one order at a time, is started
+by its first order and goes when it has had none for IDLE_S, so a quiet server pays for none.
+
+Actors and not tasks: Ray ends a task's process as soon as the program that started the cluster
+has gone, so every seal started a process anew (two, in fact), and the second of processor time
+that takes came off the writes that had filled the memtable.
+"""
 
 import asyncio
-import contextlib
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from shoal_cluster.actors.configuration import ClusterConfiguration
+from shoal_cluster.actors.configuration import ClusterConfiguration, environment
 from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
@@ -17,66 +26,112 @@ from shoal_cluster.manifest.manifest import SegmentEntry
 from shoal_cluster.segment.build import SegmentInput
 from shoal_cluster.shard.building import BuildOrder, execute_build
 from shoal_cluster.shard.compute import InlineCompute
+from shoal_cluster.telemetry.logs import configure_logging
 
 BUILD_TIMEOUT_S = 3600.0
 """A build of SEGMENT_ROWS_MAX rows takes minutes; past an hour it is ordered again."""
 
-_CPUS = 0.5
-"""Ray's logical CPUs of a build. Half: two cores run a build beside servers that wait for it."""
+IDLE_S = 30.0
+"""Above the pause between two seals of a shard that takes 50 rows a second."""
+
+NICENESS = 10
+"""Above the serving actors': about a tenth of a core that they want too, all of one they leave."""
 
 
-@ray.remote(num_cpus=_CPUS, max_retries=0)
-def build(
-    configuration: ClusterConfiguration, order: dict[str, Any], rows: SegmentInput | None
-) -> dict[str, Any]:
-    """Carries out one order. Returns {"entry": …} or {"error": …}, so that errors keep a kind."""
+@ray.remote
+class Builder:
+    """Carries out build orders, one at a time. Holds nothing between them."""
 
-    async def run() -> SegmentEntry | None:
-        store = open_store(configuration.bucket, on_broken=end_process)
-        scratch = Path(configuration.run_directory) / "builds"
+    def __init__(self, configuration: ClusterConfiguration, name: str) -> None:
+        configure_logging(cluster=configuration.cluster, actor=name)
+        self._configuration = configuration
+
+    async def build(self, order: dict[str, Any], rows: SegmentInput | None) -> dict[str, Any]:
+        """Returns {"entry": …} or {"error": …}, so that errors keep their kind."""
+        store = open_store(self._configuration.bucket, on_broken=end_process)
+        scratch = Path(self._configuration.run_directory) / "builds"
         scratch.mkdir(parents=True, exist_ok=True)
         try:
-            return await execute_build(
+            entry = await execute_build(
                 BuildOrder.from_wire(order), store, scratch, SystemClock(), InlineCompute(), rows
             )
+        except ShoalError as error:
+            return {"error": to_wire(error)}
         finally:
             await store.close()
-
-    try:
-        entry = asyncio.run(run())
-    except ShoalError as error:
-        return {"error": to_wire(error)}
-    return {"entry": None if entry is None else entry.to_wire()}
+        return {"entry": None if entry is None else entry.to_wire()}
 
 
 class RayBuilds:
-    """The Builds port (shard/building.py) over Ray tasks."""
+    """The Builds port (shard/building.py) over a server's two builders."""
 
-    def __init__(self, configuration: ClusterConfiguration) -> None:
-        self._configuration = configuration
+    def __init__(self, configuration: ClusterConfiguration, server: str) -> None:
+        self._sealing = _Lane(configuration, f"{server}-sealing")
+        self._merging = _Lane(configuration, f"{server}-merging")
 
     async def build(
         self, order: BuildOrder, rows: SegmentInput | None = None
     ) -> SegmentEntry | None:
-        reference = build.options(
-            name=f"build {order.segment}",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
-        ).remote(self._configuration, order.to_wire(), rows)
+        lane = self._merging if order.sources else self._sealing
+        return await lane.build(order, rows)
+
+
+class _Lane:
+    """One builder, while there is something to build; it dies with the server that made it."""
+
+    def __init__(self, configuration: ClusterConfiguration, name: str) -> None:
+        self._configuration = configuration
+        self._name = name
+        self._turn = asyncio.Lock()
+        self._builder: ActorHandle[Any] | None = None
+        self._retirement: asyncio.TimerHandle | None = None
+
+    async def build(self, order: BuildOrder, rows: SegmentInput | None) -> SegmentEntry | None:
+        async with self._turn:
+            if self._retirement is not None:
+                self._retirement.cancel()
+            try:
+                result = await self._carry_out(order, rows)
+            finally:
+                self._retirement = asyncio.get_running_loop().call_later(IDLE_S, self._retire)
+        if "error" in result:
+            raise from_wire(result["error"])
+        return None if result["entry"] is None else SegmentEntry.from_wire(result["entry"])
+
+    async def _carry_out(self, order: BuildOrder, rows: SegmentInput | None) -> dict[str, Any]:
+        """Returns what `Builder.build` does. A builder that did not get to the end is ended.
+
+        Raises: Unavailable.
+        """
+        if self._builder is None:
+            self._builder = self._start()
+        ended = False
         try:
             async with asyncio.timeout(BUILD_TIMEOUT_S):
-                result = await reference
-        except asyncio.CancelledError:
-            with contextlib.suppress(RayError):
-                ray.cancel(reference, force=True)  # nobody will commit what it builds
-            raise
+                result: dict[str, Any] = await self._builder.build.remote(order.to_wire(), rows)
+            ended = True
+            return result
         except TimeoutError as error:
-            with contextlib.suppress(RayError):
-                ray.cancel(reference, force=True)
             raise Unavailable(
                 f"build {order.segment} took more than {BUILD_TIMEOUT_S:g} s"
             ) from error
         except RayError as error:
-            raise Unavailable(f"build {order.segment} died: {type(error).__name__}") from error
-        if "error" in result:
-            raise from_wire(result["error"])
-        return None if result["entry"] is None else SegmentEntry.from_wire(result["entry"])
+            reason = repr(getattr(error, "cause", None) or error).splitlines()[0]
+            raise Unavailable(f"build {order.segment} died: {reason}") from error
+        finally:
+            if not ended:
+                # Also when we are cancelled: nobody will commit what it builds.
+                self._retire()
+
+    def _start(self) -> "ActorHandle[Any]":
+        builder: ActorHandle[Any] = Builder.options(  # type: ignore[attr-defined]
+            # None reserved, as for servers: there are two a server, whatever waits to be built.
+            num_cpus=0,
+            runtime_env=environment(niceness=NICENESS),
+        ).remote(self._configuration, self._name)
+        return builder
+
+    def _retire(self) -> None:
+        if self._builder is not None:
+            ray.kill(self._builder)
+            self._builder = None

@@ -1,12 +1,22 @@
 """What every actor of a cluster is told when it starts; picklable, the same for all."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from shoal_cluster.domain.ids import ServerId
 
 NAMESPACE = "shoal"
 CONTROLLER = "controller"
 COORDINATOR = "coordinator"
+
+
+def environment(*, niceness: int = 0) -> dict[str, Any]:
+    """Returns the runtime environment of an actor's process.
+
+    niceness: added to that of Ray itself. Left alone, Ray gives every worker 15, and then its own
+    daemons, and every process that is just starting, take the cores from those that serve.
+    """
+    return {"env_vars": {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": str(niceness)}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

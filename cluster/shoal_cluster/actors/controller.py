@@ -21,6 +21,7 @@ from shoal_cluster.actors.configuration import (
     COORDINATOR,
     NAMESPACE,
     ClusterConfiguration,
+    environment,
 )
 from shoal_cluster.actors.coordinator import Coordinator, CoordinatorReport, StartEdge
 from shoal_cluster.actors.process import make_pool
@@ -135,7 +136,7 @@ class RayServers:
                 num_cpus=0,
                 max_concurrency=1000,
                 scheduling_strategy="SPREAD",
-                runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}},
+                runtime_env=environment(),
                 **_RESTART,
             ).remote(configuration, server)
             self._handles[server] = handle
@@ -220,6 +221,7 @@ class CoordinatorAudience:
                 get_if_exists=True,
                 num_cpus=0,
                 max_concurrency=1000,
+                runtime_env=environment(),
                 **_RESTART,
             ).remote(configuration, self._start_edge)
         return self._handle

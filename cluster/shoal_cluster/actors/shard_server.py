@@ -90,7 +90,7 @@ class ShardServer:
             search_workers=configuration.search_threads,
             background=background,
             files=SegmentFiles(store, scratch / "cache", background),
-            builds=RayBuilds(configuration),
+            builds=RayBuilds(configuration, self._server),
             cluster_uuid=configuration.cluster_uuid,
         )
         self._host = ShardHost(ports, self._feed)
