@@ -1,16 +1,27 @@
 """Loads the collection and measures writes: bulk rows a second, and how long a single row's
 acknowledgement (durable and visible) takes with one and with many writers.
+
+    python -m tests.bench.writes [--rows 100000] [--seconds 8] [--json build/writes.json]
+
+Alone it measures nothing but writes, on a cluster of its own: for work on the path of a write.
 """
 
+import argparse
 import asyncio
+import contextlib
+import json
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import psutil
 
 import shoal
-from chaos.cluster import wait_until
+from chaos import cluster as clusters
+from chaos.cluster import processes_of, wait_until
 from shoal_cluster.bootstrap import RunningCluster
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.cli.demo.corpus import load_corpus
@@ -21,7 +32,8 @@ from shoal_cluster.domain.limits import SETTLE_OPERATIONS
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.manifest.manifest import Manifest
 from shoal_cluster.shard.compaction import plan_compaction, plan_settling
-from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of
+from tests.bench.corpus import RECALL_TARGET, BenchCorpus, Floats, id_of, make_corpus
+from tests.bench.machine import processor_seconds, title_of
 from tests.bench.paths import SHARD
 
 SETTLE_S: Final = 600.0
@@ -54,6 +66,33 @@ def load(
     }
 
 
+def render(loaded: dict[str, Any], written: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines of a report."""
+    rows, acknowledged_s = loaded["rows"], loaded["acknowledged_seconds"]
+    indexed_s = acknowledged_s + loaded["indexed_seconds"]
+    lines = [
+        f"bulk load: {rows:,} rows acknowledged in {acknowledged_s} s, {loaded['rows_per_s']:,} "
+        f"rows/s; all in segments {loaded['indexed_seconds']} s later, "
+        f"{round(rows / indexed_s):,} rows/s; compacted {loaded['settled_seconds']} s later, "
+        f"{round(rows / (acknowledged_s + loaded['settled_seconds'])):,} rows/s"
+    ]
+    if "processor_seconds" in loaded:
+        spent_s = loaded["processor_seconds"]
+        lines.append(
+            "  processor time, s: " + ", ".join(f"{role} {s:.1f}" for role, s in spent_s.items())
+        )
+    for each in written:
+        spent_ms = each["processor_ms_per_row"]
+        lines += [
+            f"acknowledged upserts of one row, {each['writers']:>2} writers: p50 "
+            f"{each['p50_ms']} ms, p99 {each['p99_ms']} ms, {each['rows_per_s']} rows/s, "
+            f"{each['rows_per_put']} rows a PUT",
+            "  processor time a row, ms: "
+            + ", ".join(f"{role} {ms:.2f}" for role, ms in spent_ms.items()),
+        ]
+    return lines
+
+
 def _every_tenth(rows: int, progress: Callable[[str], None]) -> Callable[[int, int | None], None]:
     reported = 0
 
@@ -74,13 +113,16 @@ def settle(
     rows: those that were loaded; a status that does not know all of them yet is too old.
 
     Asks the shard's own planners about the manifest in the bucket: waiting for nothing to change
-    would end too early whenever a build is slow to start.
+    would end too early whenever a build is slow to start. indexed_seconds: until every row but a
+    few was in some segment.
     """
     started_s = time.perf_counter()
+    indexed_s = 0.0
     description = client.describe_collection(name)
     keys = ShardKeys(CollectionId(description.schema.id), SHARD)
 
     def settled() -> dict[str, Any] | None:
+        nonlocal indexed_s
         (shard,) = client.status(name).collections[0].shards
         manifest = asyncio.run(_newest_manifest(cluster.bucket, keys))
         # Up to here, rows wait for more to be sealed with.
@@ -88,11 +130,13 @@ def settle(
             return None
         if shard.rows_live != rows:
             return None
+        indexed_s = indexed_s or time.perf_counter() - started_s
         if plan_compaction(manifest.segments) or plan_settling(manifest.segments):
             return None
         if (shard.manifest_version, shard.segments) != (manifest.version, len(manifest.segments)):
             return None
         return {
+            "indexed_seconds": round(indexed_s, 2),
             "settled_seconds": round(time.perf_counter() - started_s, 2),
             "segments": shard.segments,
             "memtable_rows": shard.memtable_rows,
@@ -113,7 +157,10 @@ async def _newest_manifest(bucket: str, keys: ShardKeys) -> Manifest | None:
 def acknowledgements(
     cluster: RunningCluster, vectors: Floats, *, seconds: float
 ) -> list[dict[str, Any]]:
-    """Returns latency, rate and rows per WAL object of single-row upserts, by number of writers."""
+    """Returns latency, rate and rows per WAL object of single-row upserts, by number of writers.
+
+    processor_ms_per_row: of processor time, by process; builders are those of the rows' segments.
+    """
     return asyncio.run(_acknowledgements(cluster, vectors, seconds))
 
 
@@ -132,6 +179,7 @@ async def _acknowledgements(
         for writers in WRITER_COUNTS:
             slots_before = await _newest_slot(cluster.bucket, keys)
             latencies_s: list[float] = []
+            spent_before_s = _processor_seconds(cluster)
             started_s = time.perf_counter()
             await asyncio.gather(
                 *(
@@ -146,6 +194,7 @@ async def _acknowledgements(
                 )
             )
             elapsed_s = time.perf_counter() - started_s
+            spent_s = _processor_seconds(cluster)
             slots = await _newest_slot(cluster.bucket, keys) - slots_before
             p50_s, p99_s = np.percentile(latencies_s, [50, 99])
             measured.append(
@@ -156,10 +205,40 @@ async def _acknowledgements(
                     "rows_per_s": round(len(latencies_s) / elapsed_s),
                     "rows": len(latencies_s),
                     "rows_per_put": round(len(latencies_s) / max(slots, 1), 2),
+                    "processor_ms_per_row": {
+                        role: round(
+                            (spent_s[role] - spent_before_s[role]) / len(latencies_s) * 1e3, 3
+                        )
+                        for role in spent_s
+                    },
                 }
             )
         await client.drop_collection(_WRITES_COLLECTION)
         return measured
+
+
+def _processor_seconds(cluster: RunningCluster) -> dict[str, float]:
+    """Returns processor time so far by role; of processes that ended too: Ray starts and ends
+    workers for builds.
+    """
+    spent_s = dict.fromkeys(("client", "coordinator", "shard server", "builders", "the rest"), 0.0)
+    for process in processes_of(cluster):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            title = title_of(process)
+            spent_s[_role(title)] += processor_seconds([process]).get(process.pid, 0.0)
+            if title == "raylet":
+                ended = process.cpu_times()
+                spent_s["builders"] += ended.children_user + ended.children_system
+    mine = psutil.Process()
+    spent_s["client"] = processor_seconds([mine])[mine.pid]
+    return spent_s
+
+
+def _role(title: str) -> str:
+    for word, role in (("Coordinator", "coordinator"), ("ShardServer", "shard server")):
+        if word in title:
+            return role
+    return "builders" if "uild" in title else "the rest"
 
 
 async def _write(
@@ -186,3 +265,36 @@ async def _newest_slot(bucket: str, keys: ShardKeys) -> int:
         return max(slots, default=0) if manifest is None else max(*slots, manifest.floor_slot, 0)
     finally:
         await store.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=100_000, help="of the bulk load")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each number of writers")
+    parser.add_argument("--json", type=Path, default=Path("build/writes.json"))
+    options = parser.parse_args()
+    corpus = make_corpus(options.rows)
+    with (
+        tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder,
+        clusters.running(Path(folder), servers=1) as cluster,
+    ):
+        written = acknowledgements(cluster, corpus.vectors, seconds=options.seconds)
+        with shoal.Client(cluster.grpc_address, timeout_s=60.0) as client:
+            before_s = _processor_seconds(cluster)
+            loaded = load(client, "bench", corpus, lambda step: None)
+            acknowledged_s = _processor_seconds(cluster)
+            loaded |= settle(client, cluster, "bench", rows=options.rows)
+            loaded["processor_seconds"] = {
+                role: round(spent_s - before_s[role], 1)
+                for role, spent_s in {
+                    **acknowledged_s,
+                    "builders": _processor_seconds(cluster)["builders"],
+                }.items()
+            }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps({"load": loaded, "writes": written}, indent=1) + "\n")
+    print("\n".join(render(loaded, written)))
+
+
+if __name__ == "__main__":
+    main()

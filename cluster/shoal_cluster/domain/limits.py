@@ -53,14 +53,21 @@ WAL_QUEUE_BYTES_MAX = 64 * MIB
 WAL_REPLAY_WINDOW = 16
 
 # Memtable: searched exactly, so its size is a latency bound (8,192 × 384 floats: about 1 ms).
-SEAL_OPERATIONS = 1024
-"""A memtable with so many operations is sealed as soon as the one before it is."""
+SEAL_OPERATIONS = 4096
+"""A memtable with so many operations is sealed as soon as the one before it is. Comparing so many
+rows of 384-d takes half a millisecond. Fewer make segments that are compared row by row as well, so
+that sealing them gains nothing, and of which four have to be merged for the first that has codes.
+"""
 MEMTABLE_OPERATIONS_MAX = 16_384
 MEMTABLE_BYTES_MAX = 64 * MIB
 """Past either, while a seal is under way, writes wait: Overloaded with retry_after_ms."""
 
 # Segments: four of about one size are merged into one of the next tier.
 COMPACTION_FAN_IN = 4
+SEGMENTS_WHILE_LOADING_MAX = 12
+"""While writers fill memtables faster than they are sealed, merging waits until there are so many:
+a bulk load needs the cores, and its segments are merged in fewer, larger steps once it is over. A
+search pays for each: seven took 1.5 ms longer than one (docs/design/hot-path.md)."""
 SETTLE_OPERATIONS = 256
 """A quiet shard seals a memtable with so many operations; fewer cost nothing to search."""
 SETTLE_ROWS_MAX = 262_144

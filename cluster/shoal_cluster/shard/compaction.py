@@ -2,7 +2,7 @@
 
 Tiered, as in most log-structured stores: segments of about one size are merged when there are
 COMPACTION_FAN_IN of them, so a row is rewritten about log(n) times; a segment that is mostly dead
-is rewritten by itself.
+is rewritten by itself. Smaller ones that are there are merged along: they skip a tier each.
 """
 
 from collections.abc import Sequence
@@ -23,16 +23,13 @@ def plan_compaction(segments: Sequence[SegmentEntry]) -> tuple[SegmentEntry, ...
         if segment.dead > _DEAD_FRACTION_MAX * segment.rows:
             return (segment,)
         tiers.setdefault(_tier(segment.live), []).append(segment)
+    smaller: list[SegmentEntry] = []
     for _, members in sorted(tiers.items()):
-        chosen: list[SegmentEntry] = []
-        rows = 0
-        for segment in sorted(members, key=lambda member: member.live):
-            if rows + segment.live > limits.SEGMENT_ROWS_MAX:
-                break
-            chosen.append(segment)
-            rows += segment.live
+        chosen = _fitting(members, limits.SEGMENT_ROWS_MAX)
         if len(chosen) >= limits.COMPACTION_FAN_IN:
-            return tuple(chosen)
+            left = limits.SEGMENT_ROWS_MAX - sum(segment.live for segment in chosen)
+            return (*chosen, *_fitting(smaller, left))
+        smaller += members
     return ()
 
 
@@ -54,6 +51,17 @@ def plan_settling(segments: Sequence[SegmentEntry]) -> tuple[SegmentEntry, ...]:
     if len(rest) > 1 and beside <= limits.SETTLE_ROWS_MAX:
         return tuple(rest)
     return ()
+
+
+def _fitting(segments: Sequence[SegmentEntry], rows_max: int) -> list[SegmentEntry]:
+    """Returns as many segments as have `rows_max` rows together, the smallest first."""
+    fitting = []
+    for segment in sorted(segments, key=lambda segment: segment.live):
+        rows_max -= segment.live
+        if rows_max < 0:
+            break
+        fitting.append(segment)
+    return fitting
 
 
 def _tier(rows: int) -> int:

@@ -96,8 +96,10 @@ class Sealer:
 
     def due(self) -> bool:
         """Says whether there is enough to seal and nothing in the way."""
-        if self.busy or self._stopped:
-            return False
+        return not self.busy and not self._stopped and self._is_enough()
+
+    def _is_enough(self) -> bool:
+        """Says whether the memtables hold enough for a seal."""
         state = self._replica.state
         return (
             self._seal_asked
@@ -108,9 +110,17 @@ class Sealer:
 
     def start(self) -> None:
         """Freezes the memtables and seals them in the background. Call between appends."""
+        self._start(self._maybe_compact)
+
+    def _start(self, afterwards: Callable[[], None]) -> None:
         self._seal_asked = False
         point = self._replica.state.rotate()
-        self._seal = asyncio.ensure_future(self._guard(functools.partial(self._run_seal, point)))
+
+        async def seal() -> None:
+            await self._run_seal(point)
+            afterwards()
+
+        self._seal = asyncio.ensure_future(self._guard(seal))
         self._seal.add_done_callback(lambda _: self._on_idle())
 
     def stop(self) -> None:
@@ -181,21 +191,33 @@ class Sealer:
             rows=0 if entry is None else entry.rows,
             floor=point.floor_slot,
         )
-        self._maybe_compact()
 
     def settle(self) -> None:
         """Brings a quiet shard closer to one segment and a short log. Call between appends."""
         if self._stopped or self.busy or self.compacting:
             return
-        operations = sum(memtable.operations for memtable in self._replica.state.memtables)
-        if operations >= limits.SETTLE_OPERATIONS:
-            self.start()
+        if self._has_much_to_settle():
+            self._start(self._settle_segments)
         else:
+            self._settle_segments()
+
+    def _has_much_to_settle(self) -> bool:
+        memtables = self._replica.state.memtables
+        return sum(memtable.operations for memtable in memtables) >= limits.SETTLE_OPERATIONS
+
+    def _settle_segments(self) -> None:
+        if self._has_much_to_settle():
+            self._maybe_compact()  # not quiet any more
+        elif not self._stopped and not self.compacting:
             self._compact(plan_settling(self._sound_segments()))
 
     def _maybe_compact(self) -> None:
-        if not self._stopped and not self.compacting:
-            self._compact(plan_compaction(self._sound_segments()))
+        if self._stopped or self.compacting:
+            return
+        segments = self._sound_segments()
+        # Then another seal follows, and this question with it.
+        if not self._is_enough() or len(segments) >= limits.SEGMENTS_WHILE_LOADING_MAX:
+            self._compact(plan_compaction(segments))
 
     def _sound_segments(self) -> tuple[SegmentEntry, ...]:
         return tuple(entry for entry in self._manifest().segments if entry.id not in self._damaged)

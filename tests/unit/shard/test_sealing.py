@@ -253,6 +253,36 @@ def test_many_small_segments_become_one(tmp_path, monkeypatch):
     run(scenario())
 
 
+@pytest.mark.parametrize("many", [3, 4])
+def test_merging_waits_while_writes_outrun_sealing_unless_segments_are_many(
+    tmp_path, monkeypatch, many
+):
+    monkeypatch.setattr(limits, "COMPACTION_FAN_IN", 3)
+    monkeypatch.setattr(limits, "SEGMENTS_WHILE_LOADING_MAX", many)
+
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        await sealed_in_turns(node, 2)
+        await node.write(upsert(10, {"2-0": 1}))
+        release, orders = holding_builds(node, monkeypatch)
+        sealer = node.primary._sealer
+        sealer.start()
+        while not orders:
+            await asyncio.sleep(0.01)
+        await node.write(upsert(11, {"3-0": 1}))
+        monkeypatch.setattr(limits, "SEAL_OPERATIONS", 1)
+        release.set()
+        await sealer._seal  # the third segment, and the memtable is full again
+        assert len(node.replica.manifest.segments) == 3
+        assert sealer.compacting == (many == 3)
+        while len(node.replica.manifest.segments) > 2:
+            await asyncio.sleep(0.01)  # the writes have ended: now they are merged
+        assert len(points_of(node.replica)) == 10
+        await node.crash()
+
+    run(scenario())
+
+
 def test_rows_that_die_while_they_are_merged_stay_dead(tmp_path, monkeypatch):
     """Sealed deaths are found again in the merged segment, unsealed ones by the memtable."""
     monkeypatch.setattr(limits, "COMPACTION_FAN_IN", 3)
@@ -337,6 +367,17 @@ def test_compaction_takes_segments_of_one_size_when_there_are_enough():
     small = [entry(number, 1000) for number in range(limits.COMPACTION_FAN_IN)]
     assert plan_compaction(small[1:]) == ()
     assert set(plan_compaction([entry(99, 100_000), *small])) == set(small)
+
+
+def test_compaction_takes_smaller_segments_along_unless_that_makes_too_large_a_segment():
+    large = [entry(number, 100_000) for number in range(limits.COMPACTION_FAN_IN)]
+    small = [entry(10 + number, 1000) for number in range(limits.COMPACTION_FAN_IN - 1)]
+    assert set(plan_compaction([*small, *large])) == {*small, *large}
+    full = [
+        entry(number, limits.SEGMENT_ROWS_MAX // limits.COMPACTION_FAN_IN)
+        for number in range(limits.COMPACTION_FAN_IN)
+    ]
+    assert set(plan_compaction([*small, *full])) == set(full)
 
 
 def test_compaction_rewrites_a_segment_that_is_mostly_dead():
