@@ -131,7 +131,8 @@ def settle(
         if shard.rows_live != rows:
             return None
         indexed_s = indexed_s or time.perf_counter() - started_s
-        if plan_compaction(manifest.segments) or plan_settling(manifest.segments):
+        dimension = description.schema.dimension
+        if any(plan(manifest.segments, dimension) for plan in (plan_compaction, plan_settling)):
             return None
         if (shard.manifest_version, shard.segments) != (manifest.version, len(manifest.segments)):
             return None

@@ -14,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import structlog
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from shoal_cluster.actors.configuration import ClusterConfiguration, environment
 from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
+from shoal_cluster.domain import limits
 from shoal_cluster.domain.clock import SystemClock
-from shoal_cluster.domain.errors import ShoalError, Unavailable, from_wire, to_wire
+from shoal_cluster.domain.errors import Internal, ShoalError, from_wire, to_wire
 from shoal_cluster.manifest.manifest import SegmentEntry
 from shoal_cluster.segment.build import SegmentInput
+from shoal_cluster.shard.build_memory import bounded_memory
 from shoal_cluster.shard.building import BuildOrder, execute_build
 from shoal_cluster.shard.compute import InlineCompute
 from shoal_cluster.telemetry.logs import configure_logging
+
+_log = structlog.get_logger()
 
 BUILD_TIMEOUT_S = 3600.0
 """A build of SEGMENT_ROWS_MAX rows takes minutes; past an hour it is ordered again."""
@@ -51,12 +56,27 @@ class Builder:
         store = open_store(self._configuration.bucket, on_broken=end_process)
         scratch = Path(self._configuration.run_directory) / "builds"
         scratch.mkdir(parents=True, exist_ok=True)
+        segment = order["segment"]
         try:
-            entry = await execute_build(
-                BuildOrder.from_wire(order), store, scratch, SystemClock(), InlineCompute(), rows
-            )
+            with bounded_memory():
+                entry = await execute_build(
+                    BuildOrder.from_wire(order),
+                    store,
+                    scratch,
+                    SystemClock(),
+                    InlineCompute(),
+                    rows,
+                )
         except ShoalError as error:
             return {"error": to_wire(error)}
+        except MemoryError as error:
+            _log.error("build_too_large", segment=segment, exc_info=error)
+            needs = f"needs more than {limits.BUILD_MEMORY_BYTES_MAX} bytes of memory"
+            return {"error": to_wire(Internal(f"build {segment} {needs}"))}
+        except Exception as error:  # noqa: BLE001  the outermost call of this process
+            _log.error("build_met_a_bug", segment=segment, exc_info=error)
+            bug = f"met a bug, {error!r}; the builder's log has the details"
+            return {"error": to_wire(Internal(f"build {segment} {bug}"))}
         finally:
             await store.close()
         return {"entry": None if entry is None else entry.to_wire()}
@@ -101,7 +121,7 @@ class _Lane:
     async def _carry_out(self, order: BuildOrder, rows: SegmentInput | None) -> dict[str, Any]:
         """Returns what `Builder.build` does. A builder that did not get to the end is ended.
 
-        Raises: Unavailable.
+        Raises: Internal.
         """
         if self._builder is None:
             self._builder = self._start()
@@ -112,12 +132,11 @@ class _Lane:
             ended = True
             return result
         except TimeoutError as error:
-            raise Unavailable(
-                f"build {order.segment} took more than {BUILD_TIMEOUT_S:g} s"
-            ) from error
+            raise Internal(f"build {order.segment} took more than {BUILD_TIMEOUT_S:g} s") from error
         except RayError as error:
             reason = repr(getattr(error, "cause", None) or error).splitlines()[0]
-            raise Unavailable(f"build {order.segment} died: {reason}") from error
+            # Ended from outside, out of memory, a crash: the same build may do it again.
+            raise Internal(f"build {order.segment} died: {reason}") from error
         finally:
             if not ended:
                 # Also when we are cancelled: nobody will commit what it builds.

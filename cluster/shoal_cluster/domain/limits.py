@@ -74,6 +74,8 @@ SETTLE_ROWS_MAX = 262_144
 """A quiet shard merges its segments up to so many rows: half a minute of one core at 384-d."""
 SEGMENT_ROWS_MAX = 1_000_000
 BUILD_MEMORY_BYTES_MAX = 4 * 1024 * MIB
+"""Planners merge no more than fits into so much (shard/build_memory.py): a whole segment's rows at
+384-d, 310,000 at 1,536-d. A vectors file stays below half of it, well within one PUT."""
 
 # Deduplication of retried writes, per shard. A client keeps fewer requests in flight than this.
 DEDUP_CLIENTS_MAX = 256

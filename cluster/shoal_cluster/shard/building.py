@@ -4,10 +4,11 @@ Runs outside the serving actors (actors/builder.py) or in process (tests, simula
 an entry for the manifest; only the shard's primary may commit it. A build that dies leaves objects
 under a name that no manifest lists; garbage collection removes them.
 
-Memory: the rows of the result once as arrays plus what FAISS needs to train, at most
-BUILD_MEMORY_BYTES_MAX; planners keep their orders below SEGMENT_ROWS_MAX rows.
+Memory: at most BUILD_MEMORY_BYTES_MAX above an idle process, which planners estimate and builders
+enforce (build_memory.py).
 """
 
+import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,8 +91,8 @@ class Builds(Protocol):
 
         rows: what to build it from where the ordered slots cannot be read any more.
 
-        Raises: Unavailable when the builder died or the bucket did not answer (nothing committed;
-        order again under a new segment id).
+        Raises: Unavailable when the bucket did not answer, Internal when the builder died or met a
+        bug (nothing committed; order again under a new segment id); Corrupt naming a source.
         """
         ...
 
@@ -145,11 +146,11 @@ async def _build_in(
         rows = await _collect_rows(order, store, directory, clock, compute)
     if not rows.ids:
         return None
-    sorted_rows = _sort_by_id(rows)
+    rows = _sort_by_id(rows)  # by this name, so that the unsorted ones are let go
     target = directory / "segment"
     target.mkdir()
     built = await compute.run(
-        lambda: build_segment(sorted_rows, order.schema, target, seed=order.seed)
+        functools.partial(build_segment, rows, order.schema, target, seed=order.seed)
     )
     keys = ShardKeys(order.collection, order.shard)
     files = []

@@ -209,7 +209,7 @@ class Sealer:
         if self._has_much_to_settle():
             self._maybe_compact()  # not quiet any more
         elif not self._stopped and not self.compacting:
-            self._compact(plan_settling(self._sound_segments()))
+            self._compact(plan_settling(self._sound_segments(), self._replica.schema.dimension))
 
     def _maybe_compact(self) -> None:
         if self._stopped or self.compacting:
@@ -217,7 +217,7 @@ class Sealer:
         segments = self._sound_segments()
         # Then another seal follows, and this question with it.
         if not self._is_enough() or len(segments) >= limits.SEGMENTS_WHILE_LOADING_MAX:
-            self._compact(plan_compaction(segments))
+            self._compact(plan_compaction(segments, self._replica.schema.dimension))
 
     def _sound_segments(self) -> tuple[SegmentEntry, ...]:
         return tuple(entry for entry in self._manifest().segments if entry.id not in self._damaged)

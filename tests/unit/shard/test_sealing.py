@@ -365,26 +365,26 @@ def entry(name: int, rows: int, dead: int = 0) -> SegmentEntry:
 
 def test_compaction_takes_segments_of_one_size_when_there_are_enough():
     small = [entry(number, 1000) for number in range(limits.COMPACTION_FAN_IN)]
-    assert plan_compaction(small[1:]) == ()
-    assert set(plan_compaction([entry(99, 100_000), *small])) == set(small)
+    assert plan_compaction(small[1:], 4) == ()
+    assert set(plan_compaction([entry(99, 100_000), *small], 4)) == set(small)
 
 
 def test_compaction_takes_smaller_segments_along_unless_that_makes_too_large_a_segment():
     large = [entry(number, 100_000) for number in range(limits.COMPACTION_FAN_IN)]
     small = [entry(10 + number, 1000) for number in range(limits.COMPACTION_FAN_IN - 1)]
-    assert set(plan_compaction([*small, *large])) == {*small, *large}
+    assert set(plan_compaction([*small, *large], 4)) == {*small, *large}
     full = [
         entry(number, limits.SEGMENT_ROWS_MAX // limits.COMPACTION_FAN_IN)
         for number in range(limits.COMPACTION_FAN_IN)
     ]
-    assert set(plan_compaction([*small, *full])) == set(full)
+    assert set(plan_compaction([*small, *full], 4)) == set(full)
 
 
 def test_compaction_rewrites_a_segment_that_is_mostly_dead():
     mostly_dead = entry(2, 100, dead=51)
-    assert plan_compaction([entry(1, 100, dead=50), mostly_dead]) == (mostly_dead,)
+    assert plan_compaction([entry(1, 100, dead=50), mostly_dead], 4) == (mostly_dead,)
 
 
 def test_compaction_makes_no_segment_larger_than_the_limit():
     large = [entry(number, limits.SEGMENT_ROWS_MAX // 2) for number in range(20)]
-    assert plan_compaction(large) == ()
+    assert plan_compaction(large, 4) == ()

@@ -28,24 +28,24 @@ def _segment(name: str, rows: int) -> SegmentEntry:
 
 
 def test_one_segment_is_left_alone() -> None:
-    assert plan_settling([]) == ()
-    assert plan_settling([_segment("a", 10)]) == ()
+    assert plan_settling([], 4) == ()
+    assert plan_settling([_segment("a", 10)], 4) == ()
 
 
 def test_comparable_segments_are_merged_into_one() -> None:
     segments = (_segment("a", 1000), _segment("b", 200))
-    assert plan_settling(segments) == segments
+    assert plan_settling(segments, 4) == segments
 
 
 def test_a_large_segment_is_not_rewritten_for_a_few_rows() -> None:
     large, small, smaller = _segment("a", 10_000), _segment("b", 300), _segment("c", 200)
-    assert plan_settling([large, small]) == ()
-    assert set(plan_settling([large, small, smaller])) == {small, smaller}
+    assert plan_settling([large, small], 4) == ()
+    assert set(plan_settling([large, small, smaller], 4)) == {small, smaller}
 
 
 def test_what_is_too_large_to_settle_is_left_to_compaction() -> None:
     large = _segment("a", limits.SETTLE_ROWS_MAX)
-    assert plan_settling([large, replace(large, id=SegmentId("b"))]) == ()
+    assert plan_settling([large, replace(large, id=SegmentId("b"))], 4) == ()
 
 
 def test_a_quiet_shard_settles_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
