@@ -151,6 +151,8 @@ def _shard_status(record: CollectionRecord, shard: ShardNumber, loop: ControlLoo
                 rows=replica.live_rows,
                 memory_bytes=replica.memory_bytes,
                 set_checksum=replica.sum,
+                reason=replica.reason,
+                failures=replica.failures,
             )
             for server, replica in found
         ),

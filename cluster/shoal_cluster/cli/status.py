@@ -39,6 +39,7 @@ def status_tables(report: admin_pb2.StatusResponse) -> list[Table]:
         _collections(report),
         _shards(report),
         _replicas(report),
+        *_failures(report),
     ]
 
 
@@ -153,6 +154,19 @@ def _replicas(report: admin_pb2.StatusResponse) -> Table:
             for replica in shard.replicas
         ],
     )
+
+
+def _failures(report: admin_pb2.StatusResponse) -> list[Table]:
+    """Returns what fails, as a table of its own: reasons are long, and mostly there are none."""
+    rows = [
+        (each.schema.name, shard.shard, replica.server, replica.failures, replica.reason)
+        for each in report.collections
+        for shard in each.shards
+        for replica in shard.replicas
+        if replica.reason
+    ]
+    columns = ("collection", "shard", "server", "failures", "reason")
+    return [Table(title="Failures", columns=columns, rows=rows)] if rows else []
 
 
 def _primary(shard: admin_pb2.ShardStatus) -> str:

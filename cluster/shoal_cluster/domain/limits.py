@@ -60,7 +60,8 @@ that sealing them gains nothing, and of which four have to be merged for the fir
 """
 MEMTABLE_OPERATIONS_MAX = 16_384
 MEMTABLE_BYTES_MAX = 64 * MIB
-"""Past either, while a seal is under way, writes wait: Overloaded with retry_after_ms."""
+"""Past either, while a seal is under way or failing, writes wait: Overloaded with retry_after_ms.
+All memtables of a shard together hold at most twice as much, and so does the build of a seal."""
 
 # Segments: four of about one size are merged into one of the next tier.
 COMPACTION_FAN_IN = 4

@@ -27,7 +27,8 @@ class ReplicaReport:
     """One replica. sum: set checksum of its live rows at (epoch, seq); equal on equal positions.
 
     memory_bytes: resident; mapped_bytes: mapped files, resident as the page cache pleases.
-    appends, operations: since the replica became primary.
+    appends, operations: since the replica became primary. reason: what is wrong with it, or fails
+    in its background; failures: how often in a row.
     """
 
     collection: CollectionId
@@ -50,6 +51,7 @@ class ReplicaReport:
     appends: int
     operations: int
     sealing: bool
+    failures: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         return {**asdict(self), "state": self.state.value}

@@ -43,7 +43,8 @@ class ReplicaStatus:
     """One copy of a shard. state: opening, ready, lagging, failed or closing.
 
     lag_seq: operations behind the primary. set_checksum: sum of its live rows' hashes modulo 2**64;
-    replicas at equal positions must have equal sums.
+    replicas at equal positions must have equal sums. reason: what is wrong with it, or fails in its
+    background, failures times in a row.
     """
 
     server: ServerId
@@ -55,6 +56,8 @@ class ReplicaStatus:
     rows: int = 0
     memory_bytes: int = 0
     set_checksum: int = 0
+    reason: str = ""
+    failures: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -105,4 +105,6 @@ def _encode_replica(replica: ReplicaStatus, shard: ShardNumber) -> pb.ReplicaSta
         rows=replica.rows,
         memory_bytes=replica.memory_bytes,
         set_checksum=replica.set_checksum,
+        reason=replica.reason,
+        failures=replica.failures,
     )

@@ -7,6 +7,7 @@ is FAILED; opening it again backs off, because every attempt reads whole segment
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,7 @@ class _Hosted:
     damage: str = ""
     failures: int = 0
     reopen_s: float = float("-inf")
+    ready_s: float = float("inf")
     unfit: bool = False
 
 
@@ -80,7 +82,8 @@ class ShardHost:
     """publisher_of: makes the Publisher of a shard, which knows the followers' addresses.
 
     In _Hosted: damage: what the scrubber found and does not keep the replica from serving.
-    failures: failed openings in a row; reopen_s: monotonic, when the next may be. unfit: a takeover
+    failures: openings in a row that failed or came to nothing; reopen_s: monotonic, when the next
+    may be; ready_s: monotonic, when this one succeeded. unfit: a takeover
     met damage, so the next one must first see the log's tail.
     """
 
@@ -113,6 +116,7 @@ class ShardHost:
             failures = hosted.failures
         replica = Replica(schema, shard, self._ports)
         hosted = _Hosted(replica=replica, state=ReplicaState.LOADING, failures=failures)
+        replica.on_died = functools.partial(self._bury, name, hosted)
         hosted.opening = asyncio.ensure_future(self._load(name, hosted))
         self._hosted[name] = hosted
 
@@ -120,7 +124,7 @@ class ShardHost:
         try:
             await hosted.replica.load()
             hosted.state = ReplicaState.READY
-            hosted.failures = 0
+            hosted.ready_s = self._ports.clock.monotonic_s()
         except asyncio.CancelledError:
             raise
         except Exception as raised:  # noqa: BLE001  a bug must not leave it loading for ever
@@ -141,8 +145,26 @@ class ShardHost:
                 failures=hosted.failures,
             )
 
+    def _bury(self, name: ShardName, hosted: _Hosted, cause: Exception) -> None:
+        """Has a replica opened again that follows the log no more."""
+        if hosted.state is not ReplicaState.READY:
+            return
+        hosted.state = ReplicaState.FAILED
+        hosted.reason = hosted.replica.failures.reason()
+        self._back_off(hosted, Internal(repr(cause)))
+        _log.error(
+            "replica_died",
+            collection=name[0],
+            shard=name[1],
+            reason=hosted.reason,
+            failures=hosted.failures,
+        )
+        hosted.opening = asyncio.ensure_future(_retire(hosted))
+
     def _back_off(self, hosted: _Hosted, error: ShoalError) -> None:
         """Sets when the replica may be opened again."""
+        if self._ports.clock.monotonic_s() - hosted.ready_s >= REOPEN_S_MAX:
+            hosted.failures = 0  # it lived
         hosted.failures += 1
         if hosted.failures == 1:
             return
@@ -367,12 +389,13 @@ class ShardHost:
     def _report(self, name: ShardName, hosted: _Hosted) -> ReplicaReport:
         replica, primary = hosted.replica, hosted.primary
         state = replica.state
+        reasons = (hosted.reason, replica.failure, hosted.damage, replica.failures.reason())
         leads = primary is not None and primary.serving
         return ReplicaReport(
             collection=name[0],
             shard=name[1],
             state=hosted.state,
-            reason=hosted.reason or replica.failure or hosted.damage,
+            reason="; ".join(dict.fromkeys(reason for reason in reasons if reason)),
             leads=leads,
             epoch=state.epoch,
             seq=state.seq,
@@ -392,6 +415,7 @@ class ShardHost:
             appends=primary.appends if primary is not None else 0,
             operations=primary.operations if primary is not None else 0,
             sealing=primary is not None and primary.sealing,
+            failures=max(hosted.failures if hosted.reason else 0, replica.failures.count),
         )
 
     def _rows(

@@ -166,15 +166,12 @@ class Primary:
         self._lose(f"slot {record.slot} was taken by epoch {record.epoch}")
 
     def _admit(self, call: WriteCall) -> None:
-        active = self._replica.state.active
-        full = (
-            active.operations >= limits.MEMTABLE_OPERATIONS_MAX
-            or active.size_bytes >= limits.MEMTABLE_BYTES_MAX
-        )
-        if full and self._sealer.busy:
+        if self._sealer.behind and self._is_full():
+            failing = self._replica.failures.reason()
             raise Overloaded(
-                f"shard {call.shard} holds {active.operations} rows that wait for a segment to be "
-                "built; nothing was applied",
+                f"shard {call.shard} holds {self._replica.state.active.operations} rows that wait "
+                f"for a segment to be built{f' ({failing})' if failing else ''}; nothing was "
+                "applied",
                 limit=f"{limits.MEMTABLE_OPERATIONS_MAX} rows or {limits.MEMTABLE_BYTES_MAX} bytes",
                 retry_after_ms=_RETRY_AFTER_MS,
             )
@@ -185,6 +182,22 @@ class Primary:
                 limit=f"{limits.WAL_QUEUE_BYTES_MAX} bytes",
                 retry_after_ms=_RETRY_AFTER_MS,
             )
+
+    def _is_full(self) -> bool:
+        """Says whether the memtable that takes writes, or all of them together, hold enough.
+
+        A seal that fails leaves its memtables frozen, and the next attempt freezes one more.
+        """
+        memtables = self._replica.state.memtables
+        operations = sum(memtable.operations for memtable in memtables)
+        size_bytes = sum(memtable.size_bytes for memtable in memtables)
+        active = self._replica.state.active
+        return (
+            active.operations >= limits.MEMTABLE_OPERATIONS_MAX
+            or active.size_bytes >= limits.MEMTABLE_BYTES_MAX
+            or operations >= 2 * limits.MEMTABLE_OPERATIONS_MAX
+            or size_bytes >= 2 * limits.MEMTABLE_BYTES_MAX
+        )
 
     async def _run(self) -> None:
         try:
@@ -200,6 +213,9 @@ class Primary:
             # Not a lost race but a broken promise (corrupt log, failed fsync): stop and say so.
             _log.error("primary_failed", shard=self._replica.keys.shard, reason=error.message)
             self._lose(error.message)
+        except Exception as error:  # noqa: BLE001  a bug: the next epoch begins from the bucket
+            self._replica.failures.note(error, "taking writes")
+            self._lose(f"a bug, {error!r}")
         finally:
             # Whatever ended the loop, a bug too: nobody may wait for it in vain.
             self._lose("its loop has stopped")

@@ -16,6 +16,7 @@ after it, led and acknowledged since. Only an append that began after the probe 
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from typing import Protocol
 
 import structlog
@@ -29,6 +30,7 @@ from shoal_cluster.domain.session import Consistency
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.manifest.manifest import Manifest
 from shoal_cluster.shard.calls import AsOf, ReadLevel
+from shoal_cluster.shard.failures import Failures
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.state import SegmentView, ShardState
 from shoal_cluster.wal.log import Wal
@@ -74,6 +76,9 @@ class Replica:
         self.manifest: Manifest | None = None
         self.leader: Leader | None = None
         self.failure: str | None = None
+        self.failures = Failures(ports.clock, ports.ids, shard)
+        self.on_died: Callable[[Exception], None] = lambda error: None
+        """Told when a bug has ended the follower: the replica advances no more."""
         self.suspected = False
         """Something failed a check while it was read in passing: the scrubber looks at once."""
         self.advancing = asyncio.Lock()
@@ -95,7 +100,7 @@ class Replica:
         async with self.advancing:
             await self.load_manifest()
         await self.probe()
-        self._follower = asyncio.ensure_future(self._follow())
+        self._follower = asyncio.ensure_future(self._live())
 
     async def close(self) -> None:
         """Stops following; reads that wait for a probe end as Unavailable."""
@@ -329,6 +334,13 @@ class Replica:
         if self._pushed:
             for slot in [slot for slot in self._pushed if slot <= self.state.slot]:
                 del self._pushed[slot]
+
+    async def _live(self) -> None:
+        try:
+            await self._follow()
+        except Exception as error:  # noqa: BLE001  a bug must not leave it behind without a word
+            self.failures.note(error, "following the log")
+            self.on_died(error)
 
     async def _follow(self) -> None:
         """Probes on every wake and every POLL_S; the only place where a follower meets faults."""

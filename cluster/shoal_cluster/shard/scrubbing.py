@@ -43,6 +43,7 @@ ROUND_S = 5.0
 """How soon a suspicion, or a salvaged segment, is looked at."""
 
 _PIECE_BYTES = 1 * MIB
+_SCRUB = "scrubbing"
 _READS_MAX = 2
 """A transfer may be damaged where the object is not: only the second bad reading counts."""
 _SERVED_FILES = (*ROW_FILES, layout.ATTRIBUTES)
@@ -75,7 +76,10 @@ class Scrubber:
         """Scrubs until cancelled."""
         while True:
             await self._ports.clock.sleep(ROUND_S)
-            await self.visit_due()
+            try:
+                await self.visit_due()
+            except Exception as error:  # noqa: BLE001  a bug must not end it without a word
+                _log.error("scrubbing_met_a_bug", exc_info=error)
 
     async def visit_due(self) -> None:
         """Goes through the replicas whose time has come."""
@@ -126,12 +130,12 @@ class Scrubber:
                     found.append(damage)
                     if damage.served:
                         break
-        except ShoalError as error:
-            _log.warning("scrub_cut_short", shard=name[1], reason=error.message)
-            delay_s = RECHECK_S
-        else:
-            self.passes += 1
             self._treat(name, replica, found)
+        except Exception as error:  # noqa: BLE001  a bug must not end it without a word
+            delay_s = max(RECHECK_S, replica.failures.note(error, _SCRUB))
+        else:
+            replica.failures.clear(_SCRUB)
+            self.passes += 1
         if found:
             delay_s = RECHECK_S
         self._due[name] = (replica, self._ports.clock.monotonic_s() + delay_s)

@@ -8,6 +8,12 @@ are found again in the merged segment by id.
 Crash before 4: objects that no manifest lists; the rows are still in the log. Crash after 4: the
 next primary, and every follower, loads the manifest.
 
+What fails: an unavailable bucket is waited for. A merge that fails for good is given up, and its
+sources are left alone for a while that doubles; they go on being served. A seal that meets a bug or
+a limit is tried again after such a pause; writers are held up once the memtables are full. The next
+epoch would meet the same, so neither ends this one: each attempt would leave a fence for ever. What
+says that this epoch's own state is wrong or deposed does end it.
+
 Invariant L-1: the sum of a sealed manifest equals the sum the log had at its floor.
 """
 
@@ -25,7 +31,16 @@ from pyroaring import BitMap
 
 from shoal_cluster.bucket.create import create
 from shoal_cluster.domain import limits
-from shoal_cluster.domain.errors import Corrupt, NotPrimary, ShoalError, Unavailable
+from shoal_cluster.domain.errors import (
+    Corrupt,
+    Indeterminate,
+    Internal,
+    InvalidRequest,
+    NotFound,
+    NotPrimary,
+    ShoalError,
+    Unavailable,
+)
 from shoal_cluster.domain.ids import Epoch, ManifestVersion, SegmentId
 from shoal_cluster.domain.keys import segment_id
 from shoal_cluster.domain.point import SUM_MODULUS
@@ -54,6 +69,14 @@ SEAL_BYTES = limits.MEMTABLE_BYTES_MAX // 4
 
 _RETRY_S = 0.5
 _RETRY_S_MAX = 10.0
+
+MERGE_AGAIN_S_MIN = 60.0
+MERGE_AGAIN_S_MAX = 3600.0
+"""How long the sources of a merge that failed for good are left alone: each attempt reads them all,
+and searches only miss some speed meanwhile."""
+
+_SEAL, _MERGE, _REPAIR, _GARBAGE = "seal", "merge", "repair", "garbage collection"
+_MERGE_OF = "merge of "
 
 
 class Sealer:
@@ -84,11 +107,16 @@ class Sealer:
         self._collection: asyncio.Task[None] | None = None
         self._seal_asked = False
         self._repair: asyncio.Task[None] | None = None
-        self._damaged: set[SegmentId] = set()
+        self._failures = replica.failures
 
     @property
     def busy(self) -> bool:
         return self._seal is not None and not self._seal.done()
+
+    @property
+    def behind(self) -> bool:
+        """Whether a seal is under way, or the last one failed."""
+        return self.busy or self._failures.is_failing(_SEAL)
 
     @property
     def compacting(self) -> bool:
@@ -96,7 +124,9 @@ class Sealer:
 
     def due(self) -> bool:
         """Says whether there is enough to seal and nothing in the way."""
-        return not self.busy and not self._stopped and self._is_enough()
+        if self.busy or self._stopped or not self._failures.may_try(_SEAL):
+            return False
+        return self._is_enough()
 
     def _is_enough(self) -> bool:
         """Says whether the memtables hold enough for a seal."""
@@ -120,12 +150,14 @@ class Sealer:
             await self._run_seal(point)
             afterwards()
 
-        self._seal = asyncio.ensure_future(self._guard(seal))
+        self._seal = asyncio.ensure_future(self._guard(_SEAL, seal))
         self._seal.add_done_callback(lambda _: self._on_idle())
 
     def stop(self) -> None:
         """Stops without waiting; nothing is committed from here on."""
         self._stopped = True
+        for work in (_SEAL, _MERGE, _REPAIR, _GARBAGE):
+            self._failures.clear(work)
         for task in self._tasks():
             # Not the task that found out that the epoch is over: it is on its way out.
             if task is not asyncio.current_task():
@@ -150,21 +182,26 @@ class Sealer:
         try:
             async with self._committing:
                 await self._garbage.collect(self._in_flight.__contains__)
-        except ShoalError as error:
+        except Exception as error:  # noqa: BLE001  a bug must not end it without a word
             # Nothing depends on it: the next round tries again, and says so again.
-            _log.warning(
-                "garbage_not_deleted", shard=self._replica.keys.shard, reason=error.message
-            )
+            self._failures.note(error, _GARBAGE)
+        else:
+            self._failures.clear(_GARBAGE)
 
-    async def _guard(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Runs background work; a failure that waiting cannot cure ends the epoch."""
+    async def _guard(self, work: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs background work; see the module for which failures end the epoch."""
         try:
-            await work()
+            await run()
         except NotPrimary as error:
             self._on_lost(error.message)
-        except ShoalError as error:
-            _log.error("sealing_failed", shard=self._replica.keys.shard, reason=error.message)
-            self._on_lost(error.message)
+        except Exception as error:  # noqa: BLE001  a bug must not end it without a word
+            if isinstance(error, ShoalError) and not isinstance(error, InvalidRequest | Internal):
+                _log.error("sealing_failed", shard=self._replica.keys.shard, reason=error.message)
+                self._on_lost(error.message)
+            else:
+                self._failures.note(error, work)
+        else:
+            self._failures.clear(work)
 
     async def _run_seal(self, point: SealPoint) -> None:
         keys = self._replica.keys
@@ -181,9 +218,11 @@ class Sealer:
         except Corrupt as error:
             _log.error("sealing_from_memory", shard=keys.shard, reason=error.message)
             entry = await self._build(order, rows_of_memtables(point.views))
-        reader = await self._open(entry)
-        await self._when_possible(lambda: self._commit_seal(point, entry, reader))
-        self._landed(entry)
+        try:
+            reader = await self._open(entry)
+            await self._when_possible(lambda: self._commit_seal(point, entry, reader))
+        finally:
+            self._landed(entry)
         _log.info(
             "segment_sealed",
             shard=keys.shard,
@@ -194,7 +233,7 @@ class Sealer:
 
     def settle(self) -> None:
         """Brings a quiet shard closer to one segment and a short log. Call between appends."""
-        if self._stopped or self.busy or self.compacting:
+        if self._stopped or self.busy or self.compacting or not self._failures.may_try(_SEAL):
             return
         if self._has_much_to_settle():
             self._start(self._settle_segments)
@@ -209,48 +248,49 @@ class Sealer:
         if self._has_much_to_settle():
             self._maybe_compact()  # not quiet any more
         elif not self._stopped and not self.compacting:
-            self._compact(plan_settling(self._sound_segments(), self._replica.schema.dimension))
+            self._compact(plan_settling(self._mergeable(), self._replica.schema.dimension))
 
     def _maybe_compact(self) -> None:
         if self._stopped or self.compacting:
             return
-        segments = self._sound_segments()
+        segments = self._mergeable()
         # Then another seal follows, and this question with it.
         if not self._is_enough() or len(segments) >= limits.SEGMENTS_WHILE_LOADING_MAX:
             self._compact(plan_compaction(segments, self._replica.schema.dimension))
 
-    def _sound_segments(self) -> tuple[SegmentEntry, ...]:
-        return tuple(entry for entry in self._manifest().segments if entry.id not in self._damaged)
+    def _mergeable(self) -> tuple[SegmentEntry, ...]:
+        """Returns the segments that no failed merge keeps from being merged."""
+        return tuple(
+            entry
+            for entry in self._manifest().segments
+            if self._failures.may_try(f"{_MERGE_OF}{entry.id}")
+        )
 
     def _compact(self, chosen: tuple[SegmentEntry, ...]) -> None:
         if chosen:
             segments = self._replica.state.segments
             sources = tuple(segments[source.id] for source in chosen)
             self._compaction = asyncio.ensure_future(
-                self._guard(functools.partial(self._run_compaction, sources))
+                self._guard(_MERGE, functools.partial(self._run_compaction, sources))
             )
 
     async def _run_compaction(self, sources: tuple[SegmentView, ...]) -> None:
-        """Merges segments; sources: as they are in the present manifest."""
-        order = BuildOrder(
-            schema=self._replica.schema,
-            shard=self._replica.keys.shard,
-            cluster_uuid=self._replica.ports.cluster_uuid,
-            segment=segment_id(self._epoch, 0, ""),
-            sources=tuple(source.entry for source in sources),
-        )
+        """Merges segments, or gives it up; sources: as they are in the present manifest."""
         try:
-            entry = await self._build(order)
-        except Corrupt as error:
-            # The rows are where they were and go on being served, or the scrubber sees to it.
-            # Which source it was the message says; none of them is merged again by this primary.
-            self._damaged |= {source.entry.id for source in sources}
-            self._replica.suspected = True
-            _log.error("compaction_given_up", shard=order.shard, reason=error.message)
+            entry = await self._merge(sources)
+        except (NotPrimary, NotFound, Indeterminate):
+            raise
+        except Exception as error:  # noqa: BLE001  whatever it was, the rows are where they were
+            # Which source it was the message says, if it was one; all of them wait.
+            self._failures.note(
+                error,
+                *(f"{_MERGE_OF}{source.entry.id}" for source in sources),
+                shortest_s=MERGE_AGAIN_S_MIN,
+                longest_s=MERGE_AGAIN_S_MAX,
+            )
+            if isinstance(error, Corrupt):
+                self._replica.suspected = True
             return
-        reader = await self._open(entry)
-        await self._when_possible(lambda: self._commit_compaction(sources, entry, reader))
-        self._landed(entry)
         _log.info(
             "segments_compacted",
             shard=self._replica.keys.shard,
@@ -260,6 +300,23 @@ class Sealer:
         )
         self._compaction = None
         self._maybe_compact()
+
+    async def _merge(self, sources: tuple[SegmentView, ...]) -> SegmentEntry | None:
+        """Builds, opens and commits; returns the new segment's entry, None if no row is left."""
+        order = BuildOrder(
+            schema=self._replica.schema,
+            shard=self._replica.keys.shard,
+            cluster_uuid=self._replica.ports.cluster_uuid,
+            segment=segment_id(self._epoch, 0, ""),
+            sources=tuple(source.entry for source in sources),
+        )
+        entry = await self._build(order)
+        try:
+            reader = await self._open(entry)
+            await self._when_possible(lambda: self._commit_compaction(sources, entry, reader))
+        finally:
+            self._landed(entry)
+        return entry
 
     def repair(self, damages: Sequence[Damage]) -> None:
         """Replaces objects that fail their checksum by what this primary holds, or can derive.
@@ -271,13 +328,13 @@ class Sealer:
             self._seal_asked = True
             self._on_idle()
         derived = {damage.segment for damage in damages if damage.part is Part.DERIVED}
-        segments = [entry for entry in self._manifest().segments if entry.id in derived]
+        segments = [entry for entry in self._mergeable() if entry.id in derived]
         if segments and not self.compacting:
             self._compact((segments[0],))
         if parts & {Part.MANIFEST, Part.TOMBSTONES} and not self._repairing:
             dead = {damage.segment for damage in damages if damage.part is Part.TOMBSTONES}
             self._repair = asyncio.ensure_future(
-                self._guard(lambda: self._when_possible(lambda: self._commit_again(dead)))
+                self._guard(_REPAIR, lambda: self._when_possible(lambda: self._commit_again(dead)))
             )
 
     @property
@@ -298,11 +355,12 @@ class Sealer:
             try:
                 # Only a rescue passes rows.
                 return await (builds.build(named) if rows is None else builds.build(named, rows))
-            except Unavailable:
+            except Exception:
                 self._in_flight.discard(name)
                 raise
 
-        return await self._until_available("build_retried", attempt)
+        kind = _MERGE if order.sources else _SEAL
+        return await self._until_available(f"build of a {kind}", attempt)
 
     async def _open(self, entry: SegmentEntry | None) -> SegmentReader | None:
         if entry is None:
@@ -310,7 +368,7 @@ class Sealer:
         opening = functools.partial(
             self._replica.ports.files.open_reader, entry, self._replica.schema
         )
-        return await self._until_available("open_retried", opening)
+        return await self._until_available(f"opening segment {entry.id}", opening)
 
     async def _when_possible(self, commit: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Commits as soon as the bucket takes it: a full disk or an outage costs time only.
@@ -322,21 +380,22 @@ class Sealer:
             async with self._committing:
                 await commit()
 
-        await self._until_available("commit_retried", attempt)
+        await self._until_available("commit of a manifest", attempt)
 
-    async def _until_available(
-        self, event: str, attempt: Callable[[], Coroutine[Any, Any, T]]
-    ) -> T:
-        delay_s = _RETRY_S
-        while True:
-            try:
-                return await attempt()
-            except NotPrimary:
-                raise
-            except Unavailable as error:
-                _log.warning(event, shard=self._replica.keys.shard, reason=error.message)
-            await self._replica.ports.clock.sleep(delay_s)
-            delay_s = min(2 * delay_s, _RETRY_S_MAX)
+    async def _until_available(self, work: str, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        try:
+            while True:
+                try:
+                    return await attempt()
+                except NotPrimary:
+                    raise
+                except Unavailable as error:
+                    pause_s = self._failures.note(
+                        error, work, shortest_s=_RETRY_S, longest_s=_RETRY_S_MAX
+                    )
+                await self._replica.ports.clock.sleep(pause_s)
+        finally:
+            self._failures.clear(work)
 
     def _landed(self, entry: SegmentEntry | None) -> None:
         """A build's segment is in the manifest, or came to nothing: no more in flight."""
@@ -467,6 +526,10 @@ class Sealer:
             raise NotPrimary(f"epoch {self._epoch} has ended before manifest {child.version}")
         if not await self._replica.manifests.commit(parent, child):
             raise NotPrimary(f"manifest {child.version} was taken by another epoch")
-        self._replica.install(child, views)
-        self._damaged &= self._replica.state.segments.keys()
+        try:
+            self._replica.install(child, views)
+        except Corrupt as error:
+            # The bucket is ahead of us, and what we hold does not lead there (R-3).
+            raise NotPrimary(f"manifest {child.version} was committed, but {error}") from error
+        self._failures.keep(_MERGE_OF, self._replica.state.segments.keys())
         self._publisher.manifest()

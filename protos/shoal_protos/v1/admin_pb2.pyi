@@ -178,6 +178,8 @@ class ReplicaStatus(_message.Message):
     ROWS_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     SET_CHECKSUM_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     """The shard server that holds it."""
     role: Global___ReplicaRole.ValueType
@@ -194,6 +196,10 @@ class ReplicaStatus(_message.Message):
     """Memory it holds, bytes, without what the kernel maps from the local cache."""
     set_checksum: _builtins.int
     """Sum of the hashes of its live rows, modulo 2^64; equal positions must have equal sums."""
+    reason: _builtins.str
+    """What is wrong with it, or fails in its background (seals, merges, garbage collection); "": nothing."""
+    failures: _builtins.int
+    """How often that has failed in a row."""
     @_builtins.property
     def position(self) -> _types_pb2.ShardPosition:
         """How far it has applied the shard's order."""
@@ -210,10 +216,12 @@ class ReplicaStatus(_message.Message):
         rows: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
         set_checksum: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        failures: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lag_seq", b"lag_seq", "memory_bytes", b"memory_bytes", "position", b"position", "role", b"role", "rows", b"rows", "server", b"server", "set_checksum", b"set_checksum", "staleness_ms", b"staleness_ms", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lag_seq", b"lag_seq", "memory_bytes", b"memory_bytes", "position", b"position", "reason", b"reason", "role", b"role", "rows", b"rows", "server", b"server", "set_checksum", b"set_checksum", "staleness_ms", b"staleness_ms", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -114,6 +114,15 @@ def test_status_shows_how_many_of_the_wanted_replicas_serve() -> None:
     assert shards.rows[0][shards.columns.index("replicas")] == "1 of 3"
 
 
+def test_status_shows_what_fails_and_how_often() -> None:
+    report = status_report({"c": (1, 10)}, pids={"server-0": 1, "server-1": 2})
+    assert all(table.title != "Failures" for table in status_tables(report))
+    replica = report.collections[0].shards[0].replicas[1]
+    replica.reason, replica.failures = "seal: out of cheese", 7
+    failing = next(table for table in status_tables(report) if table.title == "Failures")
+    assert failing.rows == [("c", 0, "server-1", 7, "seal: out of cheese")]
+
+
 def test_status_json_keeps_numbers_and_shows_hashes_as_hex(served: FakeWorld) -> None:
     document = json.loads(run(served, "status", "--json").stdout)
     assert document["uptime_ms"] == 61_000

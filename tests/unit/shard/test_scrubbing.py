@@ -465,7 +465,7 @@ def test_a_merge_that_meets_damage_is_given_up_and_the_epoch_goes_on(tmp_path):
         sealer._compact(served.replica.manifest.segments)
         await settled(served)
         assert served.hosted.primary.serving and served.replica.suspected
-        assert sealer._sound_segments() == ()
+        assert sealer._mergeable() == ()
         await served.write(upsert(9, {"after": 1.0}))
 
     scenario(tmp_path, test)
