@@ -3,7 +3,9 @@
 import asyncio
 import errno
 import os
+import resource
 import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -359,20 +361,20 @@ class CountedDisk(FullDisk):
 
 
 @contextmanager
-def mounted(folder: Path, size_bytes: int) -> Iterator[bool]:
-    """Mounts a tmpfs of that size at `folder`; yields whether the machine let us."""
+def mounted(folder: Path, size_bytes: int) -> Iterator[str]:
+    """Mounts a tmpfs of that size at `folder`; yields why the machine would not let us, or ""."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "tmpfs", str(folder)]
     try:
         done = subprocess.run(mount, capture_output=True, text=True, timeout=10, check=False)
-        there, why = done.returncode == 0, done.stderr
+        refusal = done.stderr.strip() if done.returncode else ""
     except FileNotFoundError as error:
-        there, why = False, f"permission denied: {error}"
-    assert there or any(word in why for word in ("permi", "superuser", "must be")), why
+        refusal = f"permission denied: {error}"
+    assert not refusal or any(word in refusal for word in ("permi", "superuser", "must be"))
     try:
-        yield there
+        yield refusal
     finally:
-        if there:
+        if not refusal:
             subprocess.run(["umount", "--lazy", str(folder)], timeout=10, check=True)
 
 
@@ -418,9 +420,74 @@ def test_a_disk_that_fills_up_refuses_keeps_all_and_goes_on(tmp_path):
     fills_up_and_recovers(folder, CountedDisk(folder, SIZE_BYTES))
 
 
-def test_a_real_file_system_that_fills_up_is_no_different(tmp_path):
+def test_a_real_file_system_that_fills_up_is_no_different(tmp_path, capsys):
+    """Where nothing may be mounted this shows nothing, and says so; the next test always runs."""
     folder = tmp_path / "mounted"
-    with mounted(folder, SIZE_BYTES // 4096 * 4096) as there:
-        if there:
-            fills_up_and_recovers(folder, FullDisk())
-        assert there == os.path.ismount(folder)
+    with mounted(folder, SIZE_BYTES // 4096 * 4096) as refusal:
+        if refusal:
+            with capsys.disabled():
+                print(f"\nno small file system could be mounted, so none was filled: {refusal}")
+            return
+        assert os.path.ismount(folder)
+        fills_up_and_recovers(folder, FullDisk())
+
+
+# ------------------------------------------------------------- a kernel that refuses to write on
+
+FILE_BYTES_MAX = 2000
+"""Above a record of one point, below the vectors of POINTS."""
+POINTS = 200
+
+SEAL_WITHIN_A_LIMIT = """
+import sys
+from pathlib import Path
+from tests.integration.durability.test_disk_full import seals_within_a_limit
+seals_within_a_limit(Path(sys.argv[1]), int(sys.argv[2]))
+"""
+
+
+def seals_within_a_limit(folder: Path, limit: int) -> None:
+    """Has the kernel refuse, in mid-file, every file above `limit`; then lets it write again."""
+
+    async def test(one: Served) -> None:
+        for number in range(POINTS):
+            await one.upsert({f"p{number}": float(number)})
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        one.node.primary._sealer.start()
+        seal = one.node.primary._sealer._seal
+        await until(lambda: one.node.replica.failures.count >= 2 or seal.done())
+        assert "File too large" in one.node.replica.failures.reason()
+        await one.upsert({"small": 1.0})
+        await one.delete("p1")
+        await one.assert_serves()
+        await one.assert_nothing_lost()
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        await one.node.settle()
+        assert len(one.node.replica.manifest.segments) == 1
+        await one.assert_serves()
+        await one.assert_nothing_lost()
+
+    scenario(folder, test)
+
+
+def sealed_within(folder: Path, limit: int) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: the limit is for everything a process writes, pytest's too."""
+    return subprocess.run(
+        [sys.executable, "-c", SEAL_WITHIN_A_LIMIT, str(folder), str(limit)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+
+
+def test_a_kernel_that_refuses_to_write_on_is_no_different(tmp_path):
+    ran = sealed_within(tmp_path, FILE_BYTES_MAX)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_a_kernel_that_refuses_nothing_would_be_noticed(tmp_path):
+    ran = sealed_within(tmp_path, 100 * FILE_BYTES_MAX)
+    assert ran.returncode != 0 and "AssertionError" in ran.stderr
