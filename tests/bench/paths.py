@@ -159,7 +159,7 @@ class LinkSearch:
             timeout_s=TIMEOUT_S,
             on_lost=Outcome.NOT_APPLIED,
         )
-        return SearchReply.from_wire(reply.header).ids  # type: ignore[arg-type]
+        return SearchReply.from_wire(reply.header, reply.body).ids  # type: ignore[arg-type]
 
     def close(self) -> None:
         self._runner.run(self._pool.close_all())

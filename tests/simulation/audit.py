@@ -185,7 +185,7 @@ def _read_of(
             return Read(
                 SearchCall.from_wire(header),
                 body,
-                SearchReply.from_wire(found),
+                SearchReply.from_wire(found, reply_body),
                 reply_body,
                 floor,
                 durable,
@@ -194,7 +194,7 @@ def _read_of(
             return Read(
                 GetCall.from_wire(header),
                 body,
-                RowsReply.from_wire(found),
+                RowsReply.from_wire(found, reply_body),
                 reply_body,
                 floor,
                 durable,
@@ -203,7 +203,7 @@ def _read_of(
             return Read(
                 ScrollCall.from_wire(header),
                 body,
-                RowsReply.from_wire(found),
+                RowsReply.from_wire(found, reply_body),
                 reply_body,
                 floor,
                 durable,
@@ -471,12 +471,18 @@ def _wrong_answer(read: Read, rows: Rows) -> str | None:
 def _wrong_rows(read: Read, points: Sequence[bytes], rows: Rows) -> str | None:
     reply, call = read.reply, read.call
     assert isinstance(reply, RowsReply)
-    told = sorted(zip(reply.ids, reply.seqs, reply.tails, strict=True))
-    expected = [(point, rows[point].seq, rows[point].tail) for point in points]
+    tails = [b""] * len(reply.ids) if reply.tails is None else map(bytes, reply.tails)
+    told = sorted(zip(reply.ids, reply.seqs, tails, strict=True))
+    expected = [
+        (point, rows[point].seq, b"" if reply.tails is None else rows[point].tail)
+        for point in points
+    ]
     if told != expected:
         return f"{call.METHOD} {_seqs(told)} for {_seqs(expected)}"
     vectors = b"".join(rows[point].vector for point in reply.ids)
-    if isinstance(call, GetCall | ScrollCall) and call.with_vector and read.reply_body != vectors:
+    if not isinstance(call, GetCall | ScrollCall) or (reply.tails is None) == call.with_tails:
+        return f"{call.METHOD} was answered with tails or without against its wish"
+    if call.with_vector and read.reply_body[: len(vectors)] != vectors:
         return f"{call.METHOD} returned other vectors"
     return None
 

@@ -31,7 +31,13 @@ RANGE_HITS_MAX = 100_000
 SHARD_PAGE_BYTES_MAX = 4 * MIB
 """Tails and vectors in one page of a shard: a quarter of what a frame's header may hold."""
 GATHERED_BYTES_MAX = 64 * MIB
-"""Such pages of all shards together, which a coordinator holds for one read."""
+"""Such pages of all shards together, which a coordinator holds for one read; and tails and vectors
+of all rows that one answer gives: twice the largest request, so what was written by one is read by
+one."""
+HITS_TAIL_BYTES_MAX = 28 * MIB
+HITS_ID_BYTES_MAX = 11 * MIB
+"""Of all hits in a shard's answer to one call. With 32 MiB of vectors and 4 MiB of sequence numbers
+and scores they fit a frame, and the ids its header."""
 GROUPS_MAX = 100
 GROUP_ROUNDS_MAX = 32
 """Searches by which one shard looks for groups; each finds one at least, or that there is none."""

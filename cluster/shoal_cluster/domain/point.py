@@ -17,6 +17,9 @@ Vector = npt.NDArray[np.float32]
 Vectors = npt.NDArray[np.float32]
 """C-contiguous float32 of shape (n, dimension)."""
 
+Tail = bytes | memoryview
+"""`encode_tail`; a view when it still lies in the frame that it came with."""
+
 SUM_MODULUS = 1 << 64
 
 
@@ -74,7 +77,7 @@ def encode_tail(
     return packed
 
 
-def decode_tail(tail: bytes) -> tuple[float, dict[str, AttributeValue], bytes, Provenance]:
+def decode_tail(tail: Tail) -> tuple[float, dict[str, AttributeValue], bytes, Provenance]:
     """Reverses `encode_tail`."""
     norm, attributes, payload, origin = msgpack.unpackb(tail)
     if origin is None:

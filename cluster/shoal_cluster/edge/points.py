@@ -157,6 +157,7 @@ class PointsService(PointsServicer):
             limit=request.limit or SCROLL_LIMIT_DEFAULT,
             cursor=request.cursor,
             with_vector=request.with_vector,
+            with_payload=request.with_payload,
             freshness=decode_freshness(request.consistency, request.session),
             timeout_s=timeout_s(context),
         )

@@ -127,6 +127,7 @@ class RowReading(Protocol):
         limit: int,
         cursor: bytes,
         with_vector: bool,
+        with_payload: bool,
         freshness: Freshness,
         timeout_s: float,
     ) -> RowsResult: ...

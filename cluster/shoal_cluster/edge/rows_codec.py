@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.limits import ATTRIBUTES_MAX, DIMENSION_MAX
-from shoal_cluster.domain.point import NO_PROVENANCE, Provenance, Vectors, decode_tail
+from shoal_cluster.domain.point import NO_PROVENANCE, Provenance, Tail, Vectors, decode_tail
 from shoal_cluster.domain.schema import (
     AttributeType,
     AttributeValue,
@@ -102,7 +102,7 @@ def fill_rows(
     *,
     ids: Sequence[bytes],
     seqs: Sequence[int],
-    tails: Sequence[bytes] | None,
+    tails: Sequence[Tail] | None,
     vectors: Vectors | None,
     with_payload: bool,
 ) -> None:

@@ -191,7 +191,12 @@ class Writer:
         """Returns the ids of a patch that no shard holds, in the order of the request."""
         work = {
             part.call.shard: self._calls.get(
-                GetCall(collection=schema.id, shard=part.call.shard, ids=part.call.ids),
+                GetCall(
+                    collection=schema.id,
+                    shard=part.call.shard,
+                    ids=part.call.ids,
+                    with_tails=False,
+                ),
                 schema,
                 deadline_s=deadline_s,
             )

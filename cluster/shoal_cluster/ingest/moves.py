@@ -171,7 +171,9 @@ async def _get(
 ) -> dict[ShardNumber, RowsReply]:
     work = {
         shard: calls.get(
-            GetCall(collection=schema.id, shard=shard, ids=ids), schema, deadline_s=deadline_s
+            GetCall(collection=schema.id, shard=shard, ids=ids, with_tails=False),
+            schema,
+            deadline_s=deadline_s,
         )
         for shard, ids in asked.items()
     }

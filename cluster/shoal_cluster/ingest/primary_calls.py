@@ -62,14 +62,14 @@ class PrimaryCalls:
         return WriteReply.from_wire(header)
 
     async def get(self, call: GetCall, schema: CollectionSchema, *, deadline_s: float) -> RowsReply:
-        """Returns rows as the primary has them.
+        """Returns rows as the primary has them; without tails and vectors they are all there.
 
         Raises: Unavailable, Overloaded, NotFound; nothing was applied, this is a read.
         """
-        header, _ = await self._ask(
+        header, body = await self._ask(
             call, b"", schema, deadline_s=deadline_s, on_lost=Outcome.NOT_APPLIED
         )
-        return RowsReply.from_wire(header)
+        return RowsReply.from_wire(header, body)
 
     async def _ask(
         self,

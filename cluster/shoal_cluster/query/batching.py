@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import msgpack
 
+from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.topology import Topology
 from shoal_cluster.query.merge import Hits
 from shoal_cluster.query.replica_reads import ReplicaReads, ShardAnswer, ShardRead
@@ -103,6 +104,12 @@ class SearchBatches:
             del self._lines[key]
 
     async def _run(self, key: bytes, line: _Line, batch: Sequence[_Waiting]) -> None:
+        try:
+            await self._ask(batch)
+        finally:
+            self._left(key, line)
+
+    async def _ask(self, batch: Sequence[_Waiting]) -> None:
         first = batch[0]
         try:
             answer = await self._reads.read(
@@ -115,13 +122,15 @@ class SearchBatches:
                 waiting.future.cancel()
             raise
         except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the searches
+            if isinstance(error, InvalidRequest) and len(batch) > 1:
+                # Together they may ask for more than a reply holds, and each alone not.
+                await asyncio.gather(*(self._ask([waiting]) for waiting in batch))
+                return
             for waiting in batch:
                 if not waiting.future.done():
                     waiting.future.set_exception(error)
         else:
             _hand_out(answer, batch)
-        finally:
-            self._left(key, line)
 
 
 def _next_batch(waiting: deque[_Waiting]) -> list[_Waiting]:

@@ -48,6 +48,7 @@ async def example_vectors(
             schema.name,
             list(dict.fromkeys(point_id for _, point_id in stored)),
             with_vector=True,
+            with_payload=False,
             freshness=freshness,
             timeout_s=reading.remaining_s(),
         )

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from shoal_cluster.domain.clock import Clock
-from shoal_cluster.domain.errors import NotFound
+from shoal_cluster.domain.errors import InvalidRequest, NotFound
 from shoal_cluster.domain.ids import ServerId, ShardNumber
+from shoal_cluster.domain.limits import GATHERED_BYTES_MAX
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import Position
@@ -112,6 +113,7 @@ class Searcher:
             hits = merge_top_k(
                 [answer.reply[1] for answer in answers], request.k, excluded=plan.excluded
             )
+        _require_answer_size(hits)
         explain = None
         if request.explain:
             merged_s = self._clock.monotonic_s()
@@ -168,6 +170,7 @@ class Searcher:
             request.collection,
             list(dict.fromkeys(request.ids)),
             with_vector=True,
+            with_payload=False,
             freshness=request.freshness,
             timeout_s=timeout_s,
         )
@@ -182,8 +185,22 @@ class Searcher:
         return np.ascontiguousarray(found.vectors[[position[i] for i in request.ids]])
 
 
+def _require_answer_size(hits: Hits) -> None:
+    """Raises: InvalidRequest when hits of many shards together hold too much."""
+    if hits.tails is None:
+        return
+    size_bytes = sum(map(len, hits.tails))
+    if size_bytes > GATHERED_BYTES_MAX:
+        raise InvalidRequest(
+            f"the payloads and attributes of {len(hits.ids)} hits have {size_bytes} bytes; ask for "
+            "fewer hits, or without payload and get the points by id",
+            field="with_payload",
+            limit=f"{GATHERED_BYTES_MAX} bytes",
+        )
+
+
 def _parse(header: Any, body: memoryview, *, dimension: int, with_vector: bool) -> Parsed:
-    reply = SearchReply.from_wire(header)
+    reply = SearchReply.from_wire(header, body)
     return reply, hits_of(reply, body, dimension=dimension, with_vector=with_vector)
 
 

@@ -223,5 +223,5 @@ def _parse_groups(header: Any, body: memoryview) -> FindGroupsReply:
 
 
 def _parse_hits(header: Any, body: memoryview, *, dimension: int, with_vector: bool) -> ShardHits:
-    reply = SearchReply.from_wire(header)
+    reply = SearchReply.from_wire(header, body)
     return ShardHits(reply, hits_of(reply, body, dimension=dimension, with_vector=with_vector))

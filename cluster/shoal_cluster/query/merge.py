@@ -11,7 +11,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from shoal_cluster.domain.point import Vectors
+from shoal_cluster.domain.point import Tail, Vectors
 from shoal_cluster.shard.calls import SearchReply
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Hits:
     ids: Sequence[bytes]
     keys: npt.NDArray[np.float32]
     seqs: Sequence[int]
-    tails: Sequence[bytes] | None = None
+    tails: Sequence[Tail] | None = None
     vectors: Vectors | None = None
 
 
@@ -38,7 +38,8 @@ def hits_of(reply: SearchReply, body: memoryview, *, dimension: int, with_vector
     """Returns a shard's reply as arrays, without copying keys or vectors."""
     vectors = None
     if with_vector:
-        vectors = np.frombuffer(body, np.float32).reshape(len(reply.ids), dimension)
+        vectors = np.frombuffer(body, np.float32, len(reply.ids) * dimension)
+        vectors = vectors.reshape(len(reply.ids), dimension)
     return Hits(
         counts=reply.counts,
         ids=reply.ids,

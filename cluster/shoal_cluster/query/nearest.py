@@ -101,5 +101,5 @@ def picked(hits: Hits, positions: Sequence[int]) -> Hits:
 
 
 def _parse(header: Any, body: memoryview, *, dimension: int, with_vector: bool) -> ShardHits:
-    reply = SearchReply.from_wire(header)
+    reply = SearchReply.from_wire(header, body)
     return ShardHits(reply, hits_of(reply, body, dimension=dimension, with_vector=with_vector))

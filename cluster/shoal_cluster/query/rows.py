@@ -17,13 +17,14 @@ from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.ids import PointId, ShardNumber
 from shoal_cluster.domain.limits import (
     BATCH_POINTS_MAX,
+    GATHERED_BYTES_MAX,
     MIB,
     POINT_ID_BYTES_MAX,
     SCROLL_LIMIT_MAX,
 )
 from shoal_cluster.domain.partition import shard_of_id
-from shoal_cluster.domain.point import Vectors
-from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.point import Tail, Vectors
+from shoal_cluster.domain.schema import CollectionSchema, Metric
 from shoal_cluster.domain.session import Position
 from shoal_cluster.domain.shard_caller import TopologySource
 from shoal_cluster.domain.topology import Topology
@@ -52,7 +53,7 @@ Reply = TypeVar("Reply")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsResult:
-    """Rows as parallel arrays; vectors (rows, dimension) float32 as stored, None if not asked for.
+    """Rows as parallel arrays; vectors (rows, dimension) float32 as stored; None if not asked for.
 
     next_cursor: of a scroll, b"" after the last page.
     """
@@ -60,7 +61,7 @@ class RowsResult:
     schema: CollectionSchema
     ids: Sequence[bytes]
     seqs: Sequence[int]
-    tails: Sequence[bytes]
+    tails: Sequence[Tail] | None
     vectors: Vectors | None
     as_of: Mapping[ShardNumber, Position]
     staleness_ms: float
@@ -95,12 +96,14 @@ class RowReader:
         ids: Sequence[bytes],
         *,
         with_vector: bool,
+        with_payload: bool = True,
         freshness: Freshness,
         timeout_s: float,
     ) -> RowsResult:
         """Returns the points that exist, in the order of `ids`.
 
-        ids: 1 to BATCH_POINTS_MAX, UTF-8, no duplicates.
+        ids: 1 to BATCH_POINTS_MAX, UTF-8, no duplicates. with_payload False: no tails,
+        not even for the lengths of vectors under cosine.
 
         Raises: InvalidRequest, NotFound (the collection), Overloaded, Unavailable.
         """
@@ -114,20 +117,33 @@ class RowReader:
                 shard=shard,
                 ids=of_shard,
                 with_vector=with_vector,
+                with_tails=with_payload,
                 level=freshness.level(shard, schema),
             )
             for shard, of_shard in _ids_by_shard(ids, schema).items()
         ]
-        pages = await self._read_all(calls, _parse_rows, schema, topology, deadline_s)
-        return _in_order_of(
-            ids,
-            _collected(
-                schema,
-                pages,
-                {call.shard: page.reply.as_of for call, page in zip(calls, pages, strict=True)},
-                with_vector=with_vector,
-            ),
-        )
+        pages: list[_ShardRows] = []
+        as_of: dict[ShardNumber, AsOf] = {}
+        size_bytes = 0
+        while calls:
+            answers = await self._read_all(calls, _parse_rows, schema, topology, deadline_s)
+            pages += answers
+            size_bytes += sum(len(page.body) for page in answers)
+            for call, page in zip(calls, answers, strict=True):
+                as_of[call.shard] = page.reply.as_of
+            calls = [
+                replace(call, ids=_after(call.ids, page.reply.ids[-1]))
+                for call, page in zip(calls, answers, strict=True)
+                if page.reply.cut
+            ]
+            if size_bytes > GATHERED_BYTES_MAX:
+                raise InvalidRequest(
+                    f"{len(ids)} points have more than {size_bytes} bytes; get fewer at a time",
+                    field="ids",
+                    limit=f"{GATHERED_BYTES_MAX} bytes of payloads, attributes and vectors",
+                )
+        rows = _collected(schema, pages, as_of, with_vector=with_vector, with_tails=with_payload)
+        return _in_order_of(ids, rows)
 
     async def scroll(
         self,
@@ -137,6 +153,7 @@ class RowReader:
         limit: int,
         cursor: bytes,
         with_vector: bool,
+        with_payload: bool = True,
         freshness: Freshness,
         timeout_s: float,
     ) -> RowsResult:
@@ -159,6 +176,8 @@ class RowReader:
         wire = None if filter is None else to_wire(filter)
         place = Cursor.decode(cursor, schema=schema, filter_wire=wire)
         shards, _ = reachable_shards(schema, filter)
+        # Under cosine vectors are stored with unit length; the caller's length is in the tail.
+        with_tails = with_payload or (with_vector and schema.metric is Metric.COSINE)
         pages: list[_ShardRows] = []
         as_of: dict[ShardNumber, AsOf] = {}
         rows = size_bytes = 0
@@ -176,6 +195,7 @@ class RowReader:
                 limit=limit - rows,
                 filter=wire,
                 with_vector=with_vector,
+                with_tails=with_tails,
                 level=freshness.level(shard, schema),
             )
             [page] = await self._read_all([call], _parse_rows, schema, topology, deadline_s)
@@ -186,7 +206,7 @@ class RowReader:
                 place = Cursor(shard=shard, after=page.reply.ids[-1])
                 pages.append(page)
                 rows += len(page.reply.ids)
-                size_bytes += sum(map(len, page.reply.tails)) + len(page.body)
+                size_bytes += len(page.body)
             else:
                 remaining.pop(0)
         return _collected(
@@ -194,6 +214,7 @@ class RowReader:
             pages,
             as_of,
             with_vector=with_vector,
+            with_tails=with_tails,
             next_cursor=place.encode(schema=schema, filter_wire=wire) if remaining else b"",
         )
 
@@ -283,8 +304,12 @@ def check_ids(ids: Sequence[bytes]) -> None:
         seen.add(point_id)
 
 
+def _after(ids: Sequence[bytes], last: bytes) -> Sequence[bytes]:
+    return ids[ids.index(last) + 1 :]
+
+
 def _parse_rows(header: Any, body: memoryview) -> _ShardRows:
-    return _ShardRows(RowsReply.from_wire(header), body)
+    return _ShardRows(RowsReply.from_wire(header, body), body)
 
 
 def _parse_count(header: Any, body: memoryview) -> CountReply:
@@ -310,26 +335,30 @@ def _collected(
     as_of: Mapping[ShardNumber, AsOf],
     *,
     with_vector: bool,
+    with_tails: bool,
     next_cursor: bytes = b"",
 ) -> RowsResult:
     """Lays the rows of all pages end to end."""
     ids: list[bytes] = []
     seqs: list[int] = []
-    tails: list[bytes] = []
+    tails: list[Tail] = []
     for page in pages:
         ids.extend(page.reply.ids)
         seqs.extend(page.reply.seqs)
-        tails.extend(page.reply.tails)
+        tails.extend(page.reply.tails or ())
     vectors = None
     if with_vector:
-        blocks = [np.frombuffer(page.body, np.float32) for page in pages]
+        blocks = [
+            np.frombuffer(page.body, np.float32, len(page.reply.ids) * schema.dimension)
+            for page in pages
+        ]
         flat = np.concatenate(blocks) if blocks else np.empty(0, np.float32)
         vectors = flat.reshape(len(ids), schema.dimension)
     return RowsResult(
         schema=schema,
         ids=ids,
         seqs=seqs,
-        tails=tails,
+        tails=tails if with_tails else None,
         vectors=vectors,
         as_of=_positions(as_of),
         staleness_ms=_staleness_ms(as_of),
@@ -347,7 +376,7 @@ def _in_order_of(ids: Sequence[bytes], rows: RowsResult) -> RowsResult:
         rows,
         ids=[rows.ids[i] for i in order],
         seqs=[rows.seqs[i] for i in order],
-        tails=[rows.tails[i] for i in order],
+        tails=None if rows.tails is None else [rows.tails[i] for i in order],
         vectors=None if rows.vectors is None else rows.vectors[order],
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from shoal_cluster.domain.ids import ShardNumber
 from shoal_cluster.domain.limits import GATHERED_BYTES_MAX, SHARD_PAGE_BYTES_MAX
-from shoal_cluster.domain.point import Vectors
+from shoal_cluster.domain.point import Tail, Vectors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class SortedPage:
     places: Sequence[Any]
     ids: Sequence[bytes]
     seqs: Sequence[int]
-    tails: Sequence[bytes] | None
+    tails: Sequence[Tail] | None
     vectors: Vectors | None
     more: bool
 
@@ -43,7 +43,7 @@ class TakenRows:
     places: Sequence[Any]
     ids: Sequence[bytes]
     seqs: Sequence[int]
-    tails: Sequence[bytes] | None
+    tails: Sequence[Tail] | None
     vectors: Vectors | None
 
 

@@ -1,8 +1,10 @@
 """What coordinators and shard servers say to each other over links: one class a message.
 
-A message travels as a msgpack header (`to_wire`) and a raw body of float32 bytes (`body`), so that
-vectors are never re-encoded. Ids are UTF-8 bytes on the wire. Filters are the wire form of
-filtering/expression.py. Sequence numbers are per shard. Methods: the `METHOD` of each call.
+A message travels as a msgpack header (`to_wire`) and a raw body, so that vectors are never
+re-encoded. The body of a reply with rows is `rows_body`: their vectors as float32, then their
+tails, whose lengths are in the header, which is too small for large tails. Ids are UTF-8 bytes on
+the wire. Filters are the wire form of filtering/expression.py. Sequence numbers are per shard.
+Methods: the `METHOD` of each call.
 
     SEARCH -> SearchReply   GET -> RowsReply    SCROLL -> RowsReply   COUNT -> CountReply
     WRITE  -> WriteReply
@@ -11,10 +13,30 @@ filtering/expression.py. Sequence numbers are per shard. Methods: the `METHOD` o
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
 from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ShardNumber
+from shoal_cluster.domain.point import Tail
 from shoal_cluster.domain.session import ORIGIN, Consistency, Position
+
+
+def rows_body(vectors: bytes | memoryview, tails: Sequence[Tail] | None) -> bytes:
+    """Returns the body of a reply with these rows: their float32 bytes, b"" for none, and tails."""
+    return b"".join((vectors, *(tails or ())))
+
+
+def _lengths(tails: Sequence[Tail] | None) -> list[int] | None:
+    return None if tails is None else list(map(len, tails))
+
+
+def _tails_in(body: bytes | memoryview, lengths: Sequence[int] | None) -> list[Tail] | None:
+    """Returns views of the tails, which end the body; nothing is copied."""
+    if lengths is None:
+        return None
+    view = memoryview(body)
+    bounds = accumulate(lengths, initial=len(view) - sum(lengths))
+    return [view[start:end] for start, end in pairwise(bounds)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +128,8 @@ class SearchReply:
 
     keys: float32 bytes, ascending within a query (smaller is better: minus inner product, or
     squared distance), ties by id. tails: domain/point.py tails, parallel to ids, when payloads were
-    asked for. Body: vectors of all hits (hits, dimension) float32 when asked for, as stored (unit
-    length under cosine; the norm is in the tail). explain: a map, see shard/search.py.
+    asked for. Body: `rows_body`; vectors of all hits (hits, dimension) float32 when asked for, as
+    stored (unit length under cosine; the norm is in the tail). explain: a map, see shard/search.py.
     search_us: microseconds spent in the shard, by stage.
     """
 
@@ -115,7 +137,7 @@ class SearchReply:
     ids: Sequence[bytes]
     keys: bytes
     seqs: Sequence[int]
-    tails: Sequence[bytes] | None
+    tails: Sequence[Tail] | None
     as_of: AsOf
     explain: Mapping[str, Any] | None = None
 
@@ -125,19 +147,19 @@ class SearchReply:
             self.ids,
             self.keys,
             self.seqs,
-            self.tails,
+            _lengths(self.tails),
             self.as_of.to_wire(),
             self.explain,
         ]
 
     @staticmethod
-    def from_wire(fields: Sequence[Any]) -> "SearchReply":
+    def from_wire(fields: Sequence[Any], body: bytes | memoryview) -> "SearchReply":
         return SearchReply(
             counts=fields[0],
             ids=fields[1],
             keys=fields[2],
             seqs=fields[3],
-            tails=fields[4],
+            tails=_tails_in(body, fields[4]),
             as_of=AsOf.from_wire(fields[5]),
             explain=fields[6],
         )
@@ -152,10 +174,18 @@ class GetCall:
     shard: ShardNumber
     ids: Sequence[bytes]
     with_vector: bool = False
+    with_tails: bool = True
     level: ReadLevel = ReadLevel()
 
     def to_wire(self) -> list[Any]:
-        return [self.collection, self.shard, self.ids, self.with_vector, self.level.to_wire()]
+        return [
+            self.collection,
+            self.shard,
+            self.ids,
+            self.with_vector,
+            self.with_tails,
+            self.level.to_wire(),
+        ]
 
     @staticmethod
     def from_wire(fields: Sequence[Any]) -> "GetCall":
@@ -164,7 +194,8 @@ class GetCall:
             shard=fields[1],
             ids=fields[2],
             with_vector=fields[3],
-            level=ReadLevel.from_wire(fields[4]),
+            with_tails=fields[4],
+            level=ReadLevel.from_wire(fields[5]),
         )
 
 
@@ -179,6 +210,7 @@ class ScrollCall:
     limit: int
     filter: Any = None
     with_vector: bool = False
+    with_tails: bool = True
     level: ReadLevel = ReadLevel()
 
     def to_wire(self) -> list[Any]:
@@ -189,6 +221,7 @@ class ScrollCall:
             self.limit,
             self.filter,
             self.with_vector,
+            self.with_tails,
             self.level.to_wire(),
         ]
 
@@ -201,26 +234,35 @@ class ScrollCall:
             limit=fields[3],
             filter=fields[4],
             with_vector=fields[5],
-            level=ReadLevel.from_wire(fields[6]),
+            with_tails=fields[6],
+            level=ReadLevel.from_wire(fields[7]),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowsReply:
-    """Rows, parallel arrays; body: vectors (rows, dimension) float32 as stored when asked for."""
+    """Rows, parallel arrays. Body: `rows_body`, vectors (rows, dimension) float32 as stored.
+
+    cut: what follows the last row did not fit (SHARD_PAGE_BYTES_MAX); there is one row at least.
+    """
 
     ids: Sequence[bytes]
     seqs: Sequence[int]
-    tails: Sequence[bytes]
+    tails: Sequence[Tail] | None
     as_of: AsOf
+    cut: bool = False
 
     def to_wire(self) -> list[Any]:
-        return [self.ids, self.seqs, self.tails, self.as_of.to_wire()]
+        return [self.ids, self.seqs, _lengths(self.tails), self.as_of.to_wire(), self.cut]
 
     @staticmethod
-    def from_wire(fields: Sequence[Any]) -> "RowsReply":
+    def from_wire(fields: Sequence[Any], body: bytes | memoryview) -> "RowsReply":
         return RowsReply(
-            ids=fields[0], seqs=fields[1], tails=fields[2], as_of=AsOf.from_wire(fields[3])
+            ids=fields[0],
+            seqs=fields[1],
+            tails=_tails_in(body, fields[2]),
+            as_of=AsOf.from_wire(fields[3]),
+            cut=fields[4],
         )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard import facets, grouping, rows
-from shoal_cluster.shard.calls import SearchReply
+from shoal_cluster.shard.calls import SearchReply, rows_body
 from shoal_cluster.shard.exploring_calls import (
     FacetsCall,
     FacetsReply,
@@ -24,7 +24,7 @@ from shoal_cluster.shard.exploring_calls import (
     RangeReply,
     ScrollOrderedCall,
 )
-from shoal_cluster.shard.host import ShardHost, queries_of
+from shoal_cluster.shard.host import ShardHost, hit_tails, queries_of, raw
 from shoal_cluster.shard.ordered_scroll import After, Order, scroll_ordered
 from shoal_cluster.shard.range_search import RangeOrder, range_page
 from shoal_cluster.shard.replica import Replica
@@ -32,9 +32,6 @@ from shoal_cluster.shard.search_queue import INLINE_ROWS_MAX
 from shoal_cluster.shard.state import Snapshot
 
 T = TypeVar("T")
-
-_TAILS_AT_ONCE = 128
-"""Rows whose tails are fetched together; those that do not fit a page are not all fetched."""
 
 
 async def answer_facets(host: ShardHost, call: FacetsCall) -> FacetsReply:
@@ -123,7 +120,7 @@ async def answer_find_groups(
 async def answer_group_hits(
     host: ShardHost, call: GroupHitsCall, body: bytes | memoryview
 ) -> tuple[SearchReply, bytes]:
-    """Returns the hits and their vectors when asked for."""
+    """Returns the hits and the reply's body."""
     async with host.reading((call.collection, call.shard), call.level) as replica:
         as_of, snapshot, schema = replica.as_of(), replica.state.snapshot(), replica.schema
         order = grouping.GroupOrder(
@@ -137,18 +134,19 @@ async def answer_group_hits(
 
         def work() -> tuple[SearchReply, bytes]:
             hits = grouping.group_hits(snapshot, order, call.values, call.size, schema.metric)
-            vectors = b""
+            vectors: bytes | memoryview = b""
             if call.with_vector:
-                vectors = rows.vectors_of(snapshot, hits.places, schema.dimension).tobytes()
+                vectors = raw(rows.vectors_of(snapshot, hits.places, schema.dimension))
+            tails = hit_tails(snapshot, hits.places) if call.with_tails else None
             reply = SearchReply(
                 counts=hits.counts,
                 ids=hits.ids,
                 keys=hits.keys.tobytes(),
                 seqs=hits.seqs,
-                tails=rows.tails_of(snapshot, hits.places) if call.with_tails else None,
+                tails=tails,
                 as_of=as_of,
             )
-            return reply, vectors
+            return reply, rows_body(vectors, tails)
 
         answer = await _computed(replica, snapshot, work)
     return answer
@@ -210,17 +208,8 @@ def _fetched(
         count = min(count, max(1, call.bytes_max // row_bytes))
     tails: list[bytes] | None = None
     if call.with_tails:
-        tails = []
-        size_bytes = 0
-        for start in range(0, count, _TAILS_AT_ONCE):
-            for tail in rows.tails_of(snapshot, places[start : min(start + _TAILS_AT_ONCE, count)]):
-                size_bytes += len(tail) + row_bytes
-                if tails and size_bytes > call.bytes_max:
-                    count = len(tails)
-                    break
-                tails.append(tail)
-            if len(tails) == count:
-                break
+        tails = rows.tails_within(snapshot, places[:count], call.bytes_max, row_bytes=row_bytes)
+        count = len(tails)
     kept = places[:count]
     vectors = b""
     if call.with_vector:

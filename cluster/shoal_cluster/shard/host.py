@@ -24,6 +24,12 @@ from shoal_cluster.domain.errors import (
     Unavailable,
 )
 from shoal_cluster.domain.ids import CollectionId, Epoch, ShardNumber, Slot
+from shoal_cluster.domain.limits import (
+    HITS_ID_BYTES_MAX,
+    HITS_TAIL_BYTES_MAX,
+    POINT_ID_BYTES_MAX,
+    SHARD_PAGE_BYTES_MAX,
+)
 from shoal_cluster.domain.observation import ReplicaReport, ReplicaState
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import CollectionSchema
@@ -41,6 +47,7 @@ from shoal_cluster.shard.calls import (
     SearchReply,
     WriteCall,
     WriteReply,
+    rows_body,
 )
 from shoal_cluster.shard.damage import Damage, Part
 from shoal_cluster.shard.ports import Publisher, ShardPorts
@@ -293,7 +300,10 @@ class ShardHost:
             yield hosted.replica
 
     async def search(self, call: SearchCall, body: bytes | memoryview) -> tuple[SearchReply, bytes]:
-        """Answers a search; the bytes are the hits' vectors when asked for."""
+        """Answers a search; the bytes are the reply's body.
+
+        Raises: InvalidRequest when what the hits hold does not fit a reply.
+        """
         name = (call.collection, call.shard)
         hosted = self._ready(name)
         started_s = self._ports.clock.monotonic_s()
@@ -320,10 +330,11 @@ class ShardHost:
         found_s = clock.monotonic_s()
         self.searches += len(order.queries)
         snapshot = prepared.snapshot
-        tails = rows.tails_of(snapshot, hits.places) if call.with_payload else None
-        vectors = b""
+        require_ids_fit(hits.ids)
+        tails = hit_tails(snapshot, hits.places) if call.with_payload else None
+        vectors: bytes | memoryview = b""
         if call.with_vector:
-            vectors = rows.vectors_of(snapshot, hits.places, schema.dimension).tobytes()
+            vectors = raw(rows.vectors_of(snapshot, hits.places, schema.dimension))
         explain = None
         if call.explain:
             explain = hits.explain
@@ -342,7 +353,7 @@ class ShardHost:
             as_of=as_of,
             explain=explain,
         )
-        return reply, vectors
+        return reply, rows_body(vectors, tails)
 
     async def get(self, call: GetCall) -> tuple[RowsReply, bytes]:
         name = (call.collection, call.shard)
@@ -352,7 +363,7 @@ class ShardHost:
         with self._guarding(name, hosted):
             snapshot = replica.state.snapshot()
             ids, places = rows.find_rows(snapshot, call.ids)
-            answer = self._rows(replica, snapshot, ids, places, call.with_vector)
+            answer = self._rows(replica, snapshot, ids, places, call)
         return answer
 
     async def scroll(self, call: ScrollCall) -> tuple[RowsReply, bytes]:
@@ -363,7 +374,7 @@ class ShardHost:
         with self._guarding(name, hosted):
             snapshot = replica.state.snapshot()
             ids, places = rows.scroll(snapshot, call.after, call.limit, _expression(call.filter))
-            answer = self._rows(replica, snapshot, ids, places, call.with_vector)
+            answer = self._rows(replica, snapshot, ids, places, call)
         return answer
 
     async def count(self, call: CountCall) -> CountReply:
@@ -424,18 +435,31 @@ class ShardHost:
         snapshot: Snapshot,
         ids: Sequence[bytes],
         places: Sequence[rows.Place],
-        with_vector: bool,
+        call: GetCall | ScrollCall,
     ) -> tuple[RowsReply, bytes]:
-        vectors = b""
-        if with_vector:
-            vectors = rows.vectors_of(snapshot, places, replica.schema.dimension).tobytes()
+        """Returns the first of the rows that fit a page, and the reply's body."""
+        dimension = replica.schema.dimension
+        row_bytes = 4 * dimension if call.with_vector else 0
+        count, tails = len(places), None
+        if row_bytes:
+            count = min(count, max(1, SHARD_PAGE_BYTES_MAX // row_bytes))
+        if call.with_tails:
+            tails = rows.tails_within(
+                snapshot, places[:count], SHARD_PAGE_BYTES_MAX, row_bytes=row_bytes
+            )
+            count = len(tails)
+        kept = places[:count]
+        vectors: bytes | memoryview = b""
+        if call.with_vector:
+            vectors = raw(rows.vectors_of(snapshot, kept, dimension))
         reply = RowsReply(
-            ids=ids,
-            seqs=rows.seqs_of(snapshot, places),
-            tails=rows.tails_of(snapshot, places),
+            ids=ids[:count],
+            seqs=rows.seqs_of(snapshot, kept),
+            tails=tails,
             as_of=replica.as_of(),
+            cut=count < len(places),
         )
-        return reply, vectors
+        return reply, rows_body(vectors, tails)
 
     def _ready(self, name: ShardName) -> _Hosted:
         hosted = self._hosted.get(name)
@@ -445,6 +469,37 @@ class ShardHost:
             reason = f" ({hosted.reason})" if hosted.reason else ""
             raise Unavailable(f"the replica of shard {name[1]} is {hosted.state.value}{reason}")
         return hosted
+
+
+def raw(vectors: Vectors) -> memoryview:
+    """Returns the bytes of vectors, without copying them; there may be none."""
+    return vectors.reshape(-1).view(np.uint8).data
+
+
+def hit_tails(snapshot: Snapshot, places: Sequence[rows.Place]) -> list[bytes]:
+    """Raises: InvalidRequest when the tails of all hits do not fit a reply."""
+    tails = rows.tails_within(snapshot, places, HITS_TAIL_BYTES_MAX)
+    if len(tails) < len(places):
+        raise InvalidRequest(
+            f"{len(places)} hits in one shard hold payloads and attributes of which {len(tails)} "
+            "fit one answer; ask for fewer hits, or without payload and get the points by id",
+            field="with_payload",
+            limit=f"{HITS_TAIL_BYTES_MAX} bytes from one shard",
+        )
+    return tails
+
+
+def require_ids_fit(ids: Sequence[bytes]) -> None:
+    """Raises: InvalidRequest when the ids of all hits do not fit a reply."""
+    if len(ids) * POINT_ID_BYTES_MAX > HITS_ID_BYTES_MAX:
+        size_bytes = sum(map(len, ids))
+        if size_bytes > HITS_ID_BYTES_MAX:
+            raise InvalidRequest(
+                f"{len(ids)} hits in one shard have ids of {size_bytes} bytes; ask for fewer hits, "
+                "or fewer queries at once",
+                field="k",
+                limit=f"{HITS_ID_BYTES_MAX} bytes of ids from one shard",
+            )
 
 
 async def _retire(hosted: _Hosted) -> None:

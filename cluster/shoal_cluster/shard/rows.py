@@ -7,6 +7,7 @@ Call from the event loop, or from one thread per snapshot at a time.
 from collections.abc import Sequence
 from heapq import merge as merge_sorted
 from itertools import islice
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,9 @@ from shoal_cluster.shard.memtable import MemtableView
 from shoal_cluster.shard.state import SegmentView, Snapshot
 
 Place = tuple[int, int]
+_TAILS_AT_ONCE_MIN: Final = 64
+"""At most 32 MiB of the largest payloads with the most keywords."""
+
 RowNumbers = npt.NDArray[np.int64]
 
 
@@ -45,6 +49,28 @@ def tails_of(snapshot: Snapshot, places: Sequence[Place]) -> list[bytes]:
             found = snapshot.segments[number].reader.tails(np.array(rows, dtype=np.int64))
         for place, tail in zip(wanted, found, strict=True):
             tails[place] = tail
+    return tails
+
+
+def tails_within(
+    snapshot: Snapshot, places: Sequence[Place], bytes_max: int, *, row_bytes: int = 0
+) -> list[bytes]:
+    """Returns the tails of the first rows that fit into `bytes_max`, one at least.
+
+    row_bytes: what each row takes besides. Hardly more than what fits is fetched: rows are taken in
+    groups, as large as the rows so far suggest.
+    """
+    tails: list[bytes] = []
+    size_bytes = 0
+    at_once = _TAILS_AT_ONCE_MIN
+    while len(tails) < len(places):
+        for tail in tails_of(snapshot, places[len(tails) : len(tails) + at_once]):
+            size_bytes += len(tail) + row_bytes
+            if tails and size_bytes > bytes_max:
+                return tails
+            tails.append(tail)
+        fitting = (bytes_max - size_bytes) * len(tails) // size_bytes if size_bytes else 0
+        at_once = max(_TAILS_AT_ONCE_MIN, fitting)
     return tails
 
 

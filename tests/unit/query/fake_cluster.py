@@ -41,6 +41,7 @@ from shoal_cluster.shard.calls import (
     WriteCall,
     WriteKind,
     WriteReply,
+    rows_body,
 )
 from tests.unit.query import fake_exploring
 
@@ -117,23 +118,27 @@ class FakeShard:
             else None,
         )
         raw = b"".join(v.tobytes() for v in vectors) if call.with_vector else b""
-        return reply.to_wire(), raw
+        return reply.to_wire(), rows_body(raw, reply.tails)
 
     def key(self, query: np.ndarray, vector: np.ndarray) -> float:
         if self.schema.metric is Metric.L2:
             return float(np.float32(((query - vector) ** 2).sum()))
         return float(np.float32(-(query @ vector)))
 
-    def reply_rows(self, ids: Sequence[bytes], with_vector: bool) -> tuple[list[Any], bytes]:
-        there = [i for i in ids if i in self.rows][: self.rows_per_reply_max]
+    def reply_rows(
+        self, call: GetCall | ScrollCall, ids: Sequence[bytes]
+    ) -> tuple[list[Any], bytes]:
+        found = [i for i in ids if i in self.rows]
+        there = found[: self.rows_per_reply_max]
         reply = RowsReply(
             ids=there,
             seqs=[self.rows[i].seq for i in there],
-            tails=[self.rows[i].tail for i in there],
+            tails=[self.rows[i].tail for i in there] if call.with_tails else None,
             as_of=self.as_of(),
+            cut=len(there) < len(found),
         )
-        raw = b"".join(self.rows[i].vector.tobytes() for i in there) if with_vector else b""
-        return reply.to_wire(), raw
+        raw = b"".join(self.rows[i].vector.tobytes() for i in there) if call.with_vector else b""
+        return reply.to_wire(), rows_body(raw, reply.tails)
 
     def write(self, call: WriteCall) -> list[Any]:
         name = (call.client_id, call.request_no)
@@ -322,10 +327,10 @@ class FakeCluster:
             case SearchCall():
                 return shard.search(message, body)
             case GetCall():
-                return shard.reply_rows(message.ids, message.with_vector)
+                return shard.reply_rows(message, message.ids)
             case ScrollCall():
                 ids = [i for i in shard.matching(message.filter) if i > message.after]
-                return shard.reply_rows(ids[: message.limit], message.with_vector)
+                return shard.reply_rows(message, ids[: message.limit])
             case CountCall():
                 rows = len(shard.matching(message.filter))
                 return CountReply(rows=rows, as_of=shard.as_of()).to_wire(), b""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shoal_cluster.domain.point import decode_tail
-from shoal_cluster.shard.calls import SearchReply
+from shoal_cluster.shard.calls import SearchReply, rows_body
 from shoal_cluster.shard.exploring_calls import (
     FacetsCall,
     FacetsReply,
@@ -128,7 +128,8 @@ def _group_hits(shard: FakeShard, call: GroupHitsCall, body: bytes) -> tuple[lis
         tails=[row.tail for row in rows] if call.with_tails else None,
         as_of=shard.as_of(),
     )
-    return reply.to_wire(), b"".join(row.vector.tobytes() for row in rows if call.with_vector)
+    raw = b"".join(row.vector.tobytes() for row in rows if call.with_vector)
+    return reply.to_wire(), rows_body(raw, reply.tails)
 
 
 def _range(shard: FakeShard, call: RangeCall, body: bytes) -> tuple[list[Any], bytes]:

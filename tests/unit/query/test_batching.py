@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal_cluster.domain.errors import Unavailable
+from shoal_cluster.domain.errors import InvalidRequest, Unavailable
 from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ServerId, ShardNumber
 from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.domain.topology import Topology
@@ -197,6 +197,28 @@ def test_a_failed_batch_fails_each_of_its_searches_and_nothing_after() -> None:
         await reads.answer(3)
         await reads.answer(1)
         assert ids(after) == expected(4)
+
+    asyncio.run(scenario())
+
+
+def test_searches_that_are_too_much_together_are_asked_apart() -> None:
+    async def scenario() -> None:
+        reads = HeldReads()
+        batches = SearchBatches(reads)  # type: ignore[arg-type]
+        for number in range(IN_FLIGHT_MAX):
+            ask(batches, float(number))
+        await turns()
+        small, large = ask(batches, 2), ask(batches, 3)
+        await turns()
+        await reads.answer(0)
+        await reads.answer(2, InvalidRequest("too large for one answer"))
+        assert [values for _, values in reads.asked[3:]] == [[2], [3]]
+        await reads.answer(3)
+        await reads.answer(4, InvalidRequest("too large by itself"))
+        assert ids(small) == expected(2)
+        assert str(large.exception()) == "too large by itself"
+        await reads.answer(1)
+        assert not batches._lines
 
     asyncio.run(scenario())
 

@@ -432,7 +432,7 @@ def test_a_filter_no_value_satisfies_asks_no_shard() -> None:
 
 def test_a_search_by_id_leaves_out_each_point_from_its_own_hits_only() -> None:
     async def scenario() -> None:
-        cluster, schema, searcher = a_cluster(shards=3)
+        cluster, schema, searcher = a_cluster(3)
         fill(cluster, schema, 30)
         result = await searcher.search(
             request(queries=None, ids=(b"p001", b"p002"), k=29), timeout_s=5
@@ -457,7 +457,7 @@ def test_a_search_by_id_still_finds_k_others() -> None:
 
 def test_a_search_by_an_unknown_id_names_it() -> None:
     async def scenario() -> None:
-        cluster, schema, searcher = a_cluster(shards=3)
+        cluster, schema, searcher = a_cluster(3)
         fill(cluster, schema, 3)
         with pytest.raises(NotFound) as caught:
             await searcher.search(request(queries=None, ids=(b"p001", b"nope")), timeout_s=5)
@@ -550,5 +550,24 @@ def test_an_unknown_collection_is_not_found() -> None:
         _, _, searcher = a_cluster()
         with pytest.raises(NotFound, match="nothing_here"):
             await searcher.search(request(collection="nothing_here"), timeout_s=5)
+
+    asyncio.run(scenario())
+
+
+def test_hits_of_many_shards_that_hold_too_much_together_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        cluster, schema, searcher = a_cluster(3)
+        for number in range(30):
+            store(cluster, schema, number % 3, f"p{number}", [1, number, 0, 0], payload=b"x" * 100)
+        monkeypatch.setattr("shoal_cluster.query.execute.GATHERED_BYTES_MAX", 2000)
+        found = await searcher.search(request(k=10, with_payload=True), timeout_s=5)
+        assert len(found.hits.ids) == 10
+        with pytest.raises(InvalidRequest, match="fewer hits") as refused:
+            await searcher.search(request(k=30, with_payload=True), timeout_s=5)
+        assert (refused.value.field, refused.value.limit) == ("with_payload", "2000 bytes")
+        bare = await searcher.search(request(k=30), timeout_s=5)
+        assert len(bare.hits.ids) == 30
 
     asyncio.run(scenario())

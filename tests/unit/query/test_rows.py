@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from shoal_cluster.domain.errors import InvalidRequest
+from shoal_cluster.domain.errors import InvalidRequest, Outcome
 from shoal_cluster.domain.ids import CollectionId, ServerId
 from shoal_cluster.domain.partition import shard_of_id, shard_of_value
+from shoal_cluster.domain.point import decode_tail
 from shoal_cluster.domain.schema import CollectionSchema, Metric
 from shoal_cluster.filtering.expression import Comparison, Expression, Operator
 from shoal_cluster.query.execute import Searcher
@@ -81,6 +82,52 @@ def test_get_asks_only_the_shard_of_each_id() -> None:
         partitioned, _, reader = a_cluster(4, 20, partition_by="section")
         await reader.get("docs", [b"p001"], with_vector=False, freshness=ANY, timeout_s=5)
         assert len(partitioned.calls) == 4, "the id alone does not tell its shard"
+
+    asyncio.run(scenario())
+
+
+def test_get_asks_again_for_what_did_not_fit_a_reply() -> None:
+    async def scenario() -> None:
+        cluster, schema, reader = a_cluster(3, 40)
+        for number in range(3):
+            cluster.shard(schema, number).rows_per_reply_max = 4
+        wanted = [b"p%03d" % number for number in range(39, -1, -1)]
+        rows = await reader.get("docs", wanted, with_vector=True, freshness=ANY, timeout_s=5)
+        assert list(rows.ids) == wanted
+        assert rows.vectors is not None and rows.tails is not None
+        assert rows.vectors[:, 0].tolist() == list(range(39, -1, -1))
+        assert [decode_tail(tail)[1]["size"] for tail in rows.tails] == list(range(39, -1, -1))
+
+    asyncio.run(scenario())
+
+
+def test_a_get_of_too_much_is_refused_naming_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        cluster, schema, reader = a_cluster(1, 40)
+        cluster.shard(schema, 0).rows_per_reply_max = 4
+        monkeypatch.setattr("shoal_cluster.query.rows.GATHERED_BYTES_MAX", 500)
+        ids = [b"p%03d" % number for number in range(40)]
+        with pytest.raises(InvalidRequest, match="fewer at a time") as refused:
+            await reader.get("docs", ids, with_vector=False, freshness=ANY, timeout_s=5)
+        assert (refused.value.field, refused.value.limit) == (
+            "ids",
+            "500 bytes of payloads, attributes and vectors",
+        )
+        assert refused.value.outcome is Outcome.NOT_APPLIED
+        assert len(cluster.calls) < 10, "it stops there"
+
+    asyncio.run(scenario())
+
+
+def test_payloads_that_nobody_asked_for_stay_where_they_are() -> None:
+    async def scenario() -> None:
+        cluster, _, reader = a_cluster(1, 4)
+        page = await reader.scroll(
+            "docs", filter=None, limit=9, cursor=b"", with_vector=True, with_payload=False,
+            freshness=ANY, timeout_s=5,
+        )  # fmt: skip
+        assert page.tails is None and page.vectors is not None
+        assert not any(call.message.with_tails for call in cluster.calls)
 
     asyncio.run(scenario())
 

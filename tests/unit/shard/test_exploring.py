@@ -292,7 +292,8 @@ def test_calls_travel_as_messages_and_pages_are_bounded_by_bytes(tmp_path: Path)
         )  # fmt: skip
         filled, body = await answer_group_hits(host, GroupHitsCall.from_wire(fill.to_wire()), query)
         assert (filled.counts, filled.ids) == ([2, 2], [b"p1", b"p2", b"q0", b"q1"])
-        assert len(body) == 4 * 4 * DIMENSION and len(filled.tails or ()) == 4
+        assert filled.tails is not None and len(filled.tails) == 4
+        assert len(body) == 4 * 4 * DIMENSION + sum(map(len, filled.tails))
         assert filled.as_of.position == Position(Epoch(1), Seq(12))
 
         elsewhere = FacetsCall(collection=SCHEMA.id, shard=ShardNumber(7), attribute="color")

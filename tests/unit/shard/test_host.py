@@ -72,16 +72,16 @@ def test_calls_travel_as_messages_and_are_answered(tmp_path):
         found, body = await host.search(
             SearchCall.from_wire(asked.to_wire()), memoryview(frame)[1:]
         )
-        found = SearchReply.from_wire(found.to_wire())
+        found = SearchReply.from_wire(found.to_wire(), body)
         assert (found.ids, found.counts) == (ids(["a", "b"]), [2])
         assert np.frombuffer(found.keys, np.float32) == pytest.approx([0.16, 2.56], rel=1e-5)
         assert found.tails == [tail(size=1), tail(size=2)]
-        assert np.frombuffer(body, np.float32).tolist() == [1.0] * 4 + [2.0] * 4
+        assert np.frombuffer(body, np.float32, 2 * DIMENSION).tolist() == [1.0] * 4 + [2.0] * 4
         assert found.as_of.position == Position(1, 3)
         assert set(found.explain["stages_us"]) == {"wait", "queue", "search", "fetch"}
 
-        got, _ = await host.get(GetCall(collection=SCHEMA.id, shard=SHARD, ids=ids(["c", "x"])))
-        assert RowsReply.from_wire(got.to_wire()).ids == [b"c"]
+        got, body = await host.get(GetCall(collection=SCHEMA.id, shard=SHARD, ids=ids(["c", "x"])))
+        assert RowsReply.from_wire(got.to_wire(), body).ids == [b"c"]
         page, _ = await host.scroll(
             ScrollCall(collection=SCHEMA.id, shard=SHARD, after=b"a", limit=1)
         )
