@@ -9,12 +9,12 @@ from collections.abc import (
 )
 from typing import Any, Unpack
 
+from shoal.arguments import RANGE_HITS_MAX
 from shoal.async_connection import AsyncConnection
 from shoal.batches import Payload, points_or_arrays
 from shoal.bulk import BATCH_SIZE, IN_FLIGHT
 from shoal.calls import Calls, ConsistencyName, SearchOptions
 from shoal.exploring import (
-    RANGE_HITS_MAX,
     Examples,
     ExploringCalls,
     FacetCounts,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.arguments import SEQ_MAX, checked_count
 from shoal.errors import InvalidRequest
 from shoal.point import Point, Provenance
 from shoal.vectors import Vectors, VectorsLike, to_vector, to_vectors
@@ -278,8 +279,12 @@ def conditions_of(
     if len(if_seq) != count:
         raise InvalidRequest(f"if_seq has {len(if_seq)} values for {count} points", field="if_seq")
     return [
-        points_pb2.UpsertCondition() if seq is None else points_pb2.UpsertCondition(if_seq=seq)
-        for seq in if_seq
+        points_pb2.UpsertCondition()
+        if seq is None
+        else points_pb2.UpsertCondition(
+            if_seq=checked_count(seq, field=f"if_seq[{number}]", least=0, most=SEQ_MAX)
+        )
+        for number, seq in enumerate(if_seq)
     ]
 
 

@@ -15,7 +15,8 @@ Invariants
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from shoal.errors import InvalidRequest, ShoalError
+from shoal.arguments import checked_count
+from shoal.errors import ShoalError
 from shoal.retry import Attempts, GiveUp, Retries
 from shoal.rpc import error_of_detail
 from shoal_protos.v1 import points_pb2
@@ -75,7 +76,7 @@ class BulkUpload:
         timeout_s: float,
         retries: Retries,
     ) -> None:
-        require_range("in_flight", in_flight, IN_FLIGHT_MAX)
+        in_flight = checked_count(in_flight, field="in_flight", most=IN_FLIGHT_MAX)
         self._upload = upload
         self._in_flight = in_flight
         self._timeout_s = timeout_s
@@ -176,12 +177,6 @@ class BulkUpload:
         total = "" if rows_total is None else f" of {rows_total}"
         error.message = f"after {self.rows_done}{total} rows were acknowledged: {error.message}"
         return error
-
-
-def require_range(name: str, value: int, most: int) -> None:
-    """Raises: InvalidRequest unless 1 <= value <= most."""
-    if not 1 <= value <= most:
-        raise InvalidRequest(f"{name} {value} is out of range", field=name, limit=f"1 to {most}")
 
 
 STREAM_CLOSE_S = 1.0

@@ -11,6 +11,14 @@ from uuid import uuid4
 
 from google.protobuf.message import Message
 
+from shoal.arguments import (
+    K_MAX,
+    PAGE_SIZE_MAX,
+    checked_count,
+    checked_flag,
+    checked_name,
+    checked_number,
+)
 from shoal.batches import (
     Batch,
     PointArrays,
@@ -22,7 +30,7 @@ from shoal.batches import (
     columns_of,
     conditions_of,
 )
-from shoal.bulk import BATCH_SIZE_MAX, CHUNK_BYTES_MAX, Upload, require_range
+from shoal.bulk import BATCH_SIZE_MAX, CHUNK_BYTES_MAX, Upload
 from shoal.errors import Internal, InvalidRequest
 from shoal.filters import Filter
 from shoal.point import Point
@@ -115,7 +123,9 @@ class Calls:
 
     def describe_collection(self, name: str) -> Call[CollectionDescription]:
         with Sending("name"):
-            request = collections_pb2.DescribeCollectionRequest(name=name)
+            request = collections_pb2.DescribeCollectionRequest(
+                name=checked_name(name, field="name")
+            )
         return Call(
             method=Method.DESCRIBE_COLLECTION,
             request=request,
@@ -190,7 +200,11 @@ class Calls:
         request = self._upsert_request(collection, batch, model=model)
         with Sending("if_seq"):
             request.conditions.extend(
-                conditions_of(len(batch.ids), if_absent=if_absent, if_seq=if_seq)
+                conditions_of(
+                    len(batch.ids),
+                    if_absent=checked_flag(if_absent, field="if_absent"),
+                    if_seq=if_seq,
+                )
             )
 
         def decode(response: points_pb2.UpsertResponse) -> UpsertResult:
@@ -211,7 +225,7 @@ class Calls:
         progress: Callable[[int, int | None], None] | None,
     ) -> Upload:
         """Raises: InvalidRequest for a batch size out of range."""
-        require_range("batch_size", batch_size, BATCH_SIZE_MAX)
+        batch_size = checked_count(batch_size, field="batch_size", most=BATCH_SIZE_MAX)
         rows_total: int | None
         if isinstance(points, PointArrays):
             batches = batches_of_arrays(points, batch_size=batch_size, bytes_max=CHUNK_BYTES_MAX)
@@ -231,7 +245,7 @@ class Calls:
     ) -> points_pb2.UpsertRequest:
         with Sending("points"):
             return points_pb2.UpsertRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 request_id=self._request_id(),
                 rows=batch.to_rows(),
                 model=model_to_proto(model),
@@ -247,9 +261,9 @@ class Calls:
     ) -> Call[PointsRead]:
         with Sending("ids"):
             request = points_pb2.GetRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 ids=checked_ids(ids),
-                with_vector=with_vector,
+                with_vector=checked_flag(with_vector, field="with_vector"),
                 consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
             )
@@ -275,7 +289,7 @@ class Calls:
             )
         with Sending("attributes"):
             request = points_pb2.PatchAttributesRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 request_id=self._request_id(),
                 ids=listed,
                 set=columns_of(rows),
@@ -293,14 +307,16 @@ class Calls:
     def delete(self, collection: str, ids: Sequence[str]) -> Call[DeleteResult]:
         with Sending("ids"):
             request = points_pb2.DeleteRequest(
-                collection=collection, request_id=self._request_id(), ids=checked_ids(ids)
+                collection=checked_name(collection, field="collection"),
+                request_id=self._request_id(),
+                ids=checked_ids(ids),
             )
         return self._deletion(Method.DELETE, collection, request)
 
     def delete_where(self, collection: str, condition: Filter) -> Call[DeleteResult]:
         with Sending("filter"):
             request = points_pb2.DeleteByFilterRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 request_id=self._request_id(),
                 filter=filter_message(condition),
             )
@@ -319,12 +335,12 @@ class Calls:
     ) -> Call[Page]:
         with Sending("scroll"):
             request = points_pb2.ScrollRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 filter=filter_message(condition),
-                limit=page_size,
+                limit=checked_count(page_size, field="page_size", most=PAGE_SIZE_MAX),
                 cursor=cursor or b"",
-                with_payload=with_payload,
-                with_vector=with_vector,
+                with_payload=checked_flag(with_payload, field="with_payload"),
+                with_vector=checked_flag(with_vector, field="with_vector"),
                 consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
             )
@@ -340,7 +356,7 @@ class Calls:
     ) -> Call[int]:
         with Sending("count"):
             request = points_pb2.CountRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 filter=filter_message(condition),
                 consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
@@ -373,18 +389,18 @@ class Calls:
         queries = _queries(vector, vectors, ids)
         with Sending("search"):
             request = search_pb2.SearchRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 ids=None if ids is None else checked_ids(ids),
-                k=k,
+                k=checked_count(k, field="k", most=K_MAX),
                 filter=filter_message(condition),
-                exact=exact,
-                recall_target=recall_target,
-                with_payload=with_payload,
-                with_vector=with_vector,
+                exact=checked_flag(exact, field="exact"),
+                recall_target=checked_recall_target(recall_target),
+                with_payload=checked_flag(with_payload, field="with_payload"),
+                with_vector=checked_flag(with_vector, field="with_vector"),
                 consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
                 model=model_to_proto(model),
-                explain=explain,
+                explain=checked_flag(explain, field="explain"),
             )
         if queries is not None:
             request.vectors = queries.tobytes()
@@ -459,8 +475,13 @@ def _queries(
     return None
 
 
+def checked_recall_target(value: float | None) -> float | None:
+    """Raises: InvalidRequest unless it is a number or None, the collection's own."""
+    return None if value is None else checked_number(value, field="recall_target")
+
+
 def consistency_number(name: ConsistencyName) -> types_pb2.Consistency.ValueType:
-    if name not in _CONSISTENCIES:
+    if not isinstance(name, str) or name not in _CONSISTENCIES:
         raise InvalidRequest(
             f"consistency {name!r} is not known",
             field="consistency",

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
+from shoal.arguments import RANGE_HITS_MAX
 from shoal.batches import Payload, points_or_arrays
 from shoal.bulk import BATCH_SIZE, IN_FLIGHT
 from shoal.calls import Calls, ConsistencyName, SearchOptions
 from shoal.connection import Connection
 from shoal.exploring import (
-    RANGE_HITS_MAX,
     Examples,
     ExploringCalls,
     FacetCounts,

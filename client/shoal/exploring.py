@@ -7,12 +7,24 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 import numpy.typing as npt
 
-from shoal.bulk import require_range
+from shoal.arguments import (
+    CANDIDATES_MAX,
+    FACETS_MAX,
+    GROUPS_MAX,
+    K_MAX,
+    PAGE_SIZE_MAX,
+    RANGE_HITS_MAX,
+    checked_count,
+    checked_flag,
+    checked_name,
+    checked_number,
+)
 from shoal.calls import (
     Call,
     ConsistencyName,
     SearchOptions,
     Sending,
+    checked_recall_target,
     consistency_number,
     filter_message,
 )
@@ -32,10 +44,6 @@ ScalarValue = str | int | float | bool
 
 Examples = str | Sequence[str | VectorLike] | npt.NDArray[np.generic]
 """Ids of stored points and vectors, mixed as one likes; an array holds one vector a row."""
-
-RANGE_HITS_MAX = 100_000
-CANDIDATES_MAX = 1000
-"""The server's bounds; they are here because 0 has a meaning of its own on the wire."""
 
 
 class ReadOptions(TypedDict, total=False):
@@ -142,10 +150,10 @@ class ExploringCalls:
     ) -> Call[SearchResult]:
         with Sending("recommend"):
             request = search_pb2.RecommendRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 positive=_examples(positive, field="positive"),
                 negative=_examples(negative, field="negative"),
-                k=k,
+                k=checked_count(k, field="k", most=K_MAX),
                 **self._settings(collection, condition, model, options),
             )
         return Call(
@@ -168,14 +176,14 @@ class ExploringCalls:
         **options: Unpack[SearchOptions],
     ) -> Call[SearchResult]:
         if candidates is not None:
-            require_range("candidates", candidates, CANDIDATES_MAX)  # 0 would mean the default
+            candidates = checked_count(candidates, field="candidates", most=CANDIDATES_MAX)
         with Sending("search"):
             request = search_pb2.SearchDiverseRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 query=_example(query, field="query"),
-                k=k,
+                k=checked_count(k, field="k", most=K_MAX),
                 candidates=candidates or 0,
-                mmr_lambda=mmr_lambda,
+                mmr_lambda=checked_number(mmr_lambda, field="mmr_lambda"),
                 **self._settings(collection, condition, model, options),
             )
         return Call(
@@ -199,11 +207,11 @@ class ExploringCalls:
     ) -> Call[Groups]:
         with Sending("search"):
             request = search_pb2.SearchGroupsRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 query=_example(query, field="query"),
-                group_by=group_by,
-                groups=groups,
-                group_size=group_size,
+                group_by=checked_name(group_by, field="group_by"),
+                groups=checked_count(groups, field="groups", most=GROUPS_MAX),
+                group_size=checked_count(group_size, field="group_size", most=K_MAX),
                 **self._settings(collection, condition, model, options),
             )
 
@@ -234,7 +242,7 @@ class ExploringCalls:
         model: Model | None,
         **options: Unpack[RangeOptions],
     ) -> RangeStream:
-        require_range("limit", limit, RANGE_HITS_MAX)  # 0 would mean the most
+        limit = checked_count(limit, field="limit", most=RANGE_HITS_MAX)
         if (score_min is None) == (distance_max is None):
             raise InvalidRequest(
                 "a range takes score_min (cosine, dot) or distance_max (l2), one of the two",
@@ -244,15 +252,15 @@ class ExploringCalls:
         del settings["exact"], settings["recall_target"]  # always exact
         with Sending("search"):
             request = search_pb2.SearchRangeRequest(
-                collection=collection,
+                collection=checked_name(collection, field="collection"),
                 query=_example(query, field="query"),
                 limit=limit,
                 **settings,
             )
             if score_min is not None:
-                request.score_min = score_min
+                request.score_min = checked_number(score_min, field="score_min")
             if distance_max is not None:
-                request.distance_max = distance_max
+                request.distance_max = checked_number(distance_max, field="distance_max")
         sends_token = options.get("consistency", "session") == "session"
         return RangeStream(request, self._sessions, sends_token=sends_token)
 
@@ -275,14 +283,14 @@ class ExploringCalls:
         consistency = options.get("consistency", "session")
         return {
             "filter": filter_message(condition),
-            "exact": options.get("exact", False),
-            "recall_target": options.get("recall_target"),
-            "with_payload": options.get("with_payload", True),
-            "with_vector": options.get("with_vector", False),
+            "exact": checked_flag(options.get("exact", False), field="exact"),  # type: ignore[arg-type]
+            "recall_target": checked_recall_target(options.get("recall_target")),  # type: ignore[arg-type]
+            "with_payload": checked_flag(options.get("with_payload", True), field="with_payload"),
+            "with_vector": checked_flag(options.get("with_vector", False), field="with_vector"),
             "consistency": consistency_number(consistency),
             "session": self._token(collection, consistency),
             "model": model_to_proto(model),
-            "explain": options.get("explain", False),
+            "explain": checked_flag(options.get("explain", False), field="explain"),
         }
 
     def facets(
@@ -297,13 +305,13 @@ class ExploringCalls:
     ) -> Call[FacetCounts]:
         with Sending("facets"):
             request = points_pb2.FacetsRequest(
-                collection=collection,
-                attribute=attribute,
+                collection=checked_name(collection, field="collection"),
+                attribute=checked_name(attribute, field="attribute"),
                 filter=filter_message(condition),
-                limit=limit,
+                limit=checked_count(limit, field="limit", most=FACETS_MAX),
                 consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
-                explain=explain,
+                explain=checked_flag(explain, field="explain"),
             )
 
         def decode(response: points_pb2.FacetsResponse) -> FacetCounts:
@@ -339,17 +347,17 @@ class ExploringCalls:
     ) -> Call[Page]:
         with Sending("scroll"):
             request = points_pb2.ScrollOrderedRequest(
-                collection=collection,
-                order_by=order_by,
-                descending=descending,
+                collection=checked_name(collection, field="collection"),
+                order_by=checked_name(order_by, field="order_by"),
+                descending=checked_flag(descending, field="descending"),
                 filter=filter_message(condition),
-                limit=page_size,
+                limit=checked_count(page_size, field="page_size", most=PAGE_SIZE_MAX),
                 cursor=cursor or b"",
-                with_payload=with_payload,
-                with_vector=with_vector,
+                with_payload=checked_flag(with_payload, field="with_payload"),
+                with_vector=checked_flag(with_vector, field="with_vector"),
                 consistency=consistency_number(consistency),
                 session=self._token(collection, consistency),
-                explain=explain,
+                explain=checked_flag(explain, field="explain"),
             )
 
         def decode(response: points_pb2.ScrollOrderedResponse) -> Page:

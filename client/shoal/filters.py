@@ -124,6 +124,12 @@ class F:
                 f"the values for {self._attribute!r} must be a list; write [{values!r}]",
                 field="filter",
             )
+        if not isinstance(values, Iterable):
+            raise InvalidRequest(
+                f"the values for {self._attribute!r} are a {type(values).__name__}, they must be "
+                "a list",
+                field="filter",
+            )
         return types_pb2.Membership(
             attribute=self._attribute,
             values=[_filter_value(self._attribute, value) for value in values],
