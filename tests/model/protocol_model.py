@@ -158,6 +158,7 @@ class View:
 
     def __init__(self, manifest: ManifestObject) -> None:
         self.place = manifest.floor
+        self._floor = manifest.floor
         self._sealed = manifest.rows
         self._applied: list[tuple[int, Rows]] = []
 
@@ -173,12 +174,19 @@ class View:
         self._applied.append((self.place.slot, stored.rows))
 
     def rebase(self, manifest: ManifestObject) -> None:
-        """Takes a newer manifest: below its floor only the sealed rows count, above it the log."""
+        """Takes a newer manifest: below its floor only the sealed rows count, above it the log.
+
+        Its floor may lie below the one before: a manifest that was created at a collected version
+        is true of the log, though nobody committed it. Then the log is read again from there.
+        """
         floor = manifest.floor
-        self._sealed = manifest.rows
-        self._applied = [entry for entry in self._applied if entry[0] > floor.slot]
-        if floor.slot > self.place.slot:
+        if self._floor.slot <= floor.slot <= self.place.slot:
+            self._applied = [entry for entry in self._applied if entry[0] > floor.slot]
+        else:
+            self._applied = []
             self.place = floor
+        self._floor = floor
+        self._sealed = manifest.rows
 
 
 class Shard:
