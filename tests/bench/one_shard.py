@@ -33,7 +33,7 @@ from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.manifest.manifest import SegmentEntry
 from shoal_cluster.segment.build import SegmentInput
 from shoal_cluster.shard.building import BuildOrder, Builds, LocalBuilds
-from shoal_cluster.shard.calls import WriteCall, WriteKind
+from shoal_cluster.shard.calls import WriteCall, WriteKind, WriteReply
 from shoal_cluster.shard.compute import ThreadCompute
 from shoal_cluster.shard.host import ShardHost, ShardName
 from shoal_cluster.shard.ports import Publisher, ShardPorts
@@ -164,7 +164,8 @@ class ShardProcess:
         )
         while True:
             try:
-                await self.host.write(call)
+                (fate,) = await self.host.write([call])
+                assert isinstance(fate, WriteReply), fate
             except Overloaded:
                 await asyncio.sleep(_OVERLOAD_PAUSE_S)
             else:

@@ -18,7 +18,7 @@ from shoal_cluster.domain.ids import ServerId, ShardNumber
 from shoal_cluster.domain.keys import COLLECTIONS_PREFIX, ShardKeys, number_of
 from shoal_cluster.domain.point import SUM_MODULUS, decode_tail, encode_tail, row_hash
 from shoal_cluster.domain.session import Consistency
-from shoal_cluster.domain.shard_caller import ShardCaller
+from shoal_cluster.domain.shard_caller import Body, ShardCaller
 from shoal_cluster.filtering.expression import And, Comparison, Expression, Operator
 from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard.calls import (
@@ -31,8 +31,11 @@ from shoal_cluster.shard.calls import (
     SearchCall,
     SearchReply,
     WriteCall,
+    WriteFate,
+    WriteGroup,
     WriteKind,
     WriteReply,
+    fates_from_wire,
 )
 from shoal_cluster.wal.log import check_follows
 from shoal_cluster.wal.record import RequestMark, WalIdentity, WalRecord, decode_record
@@ -140,7 +143,7 @@ class AuditedCaller:
         server: ServerId,
         method: str,
         header: Any,
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         *,
         timeout_s: float,
         on_lost: Outcome,
@@ -148,9 +151,12 @@ class AuditedCaller:
         audit = self._audit
         place = (header[0], header[1])
         floor = audit.acked_seq[place]
-        sent = bytes(body)
-        if method == WriteCall.METHOD:
-            self._note_asked(place, WriteCall.from_wire(header, sent))
+        sent = bytes(body) if isinstance(body, bytes | memoryview) else b"".join(body)
+        writes: Sequence[WriteCall] = ()
+        if method == WriteGroup.METHOD:
+            writes = WriteGroup.from_wire(header, sent).calls
+        for call in writes:
+            self._note_asked(place, call)
         try:
             found, reply_body = await self._inner.call(
                 server, method, header, body, timeout_s=timeout_s, on_lost=on_lost
@@ -160,16 +166,22 @@ class AuditedCaller:
                 audit.violations.append(f"{method} to {server}: {error.kind}: {error.message}")
             raise
         durable = audit.durable()
-        if method == WriteCall.METHOD:
-            reply = WriteReply.from_wire(found)
-            call = WriteCall.from_wire(header, sent)
-            audit.acknowledgements[place].append(Acknowledgement(call, reply, durable))
-            audit.acked_seq[place] = max(audit.acked_seq[place], reply.position.seq)
+        if writes:
+            for call, fate in zip(writes, fates_from_wire(found), strict=True):
+                self._note_fate(place, call, fate, durable)
         else:
             read = _read_of(method, header, sent, found, bytes(reply_body), floor, durable)
             if read is not None:
                 audit.reads[place].append(read)
         return found, reply_body
+
+    def _note_fate(self, place: Place, call: WriteCall, fate: WriteFate, durable: int) -> None:
+        audit = self._audit
+        if isinstance(fate, WriteReply):
+            audit.acknowledgements[place].append(Acknowledgement(call, fate, durable))
+            audit.acked_seq[place] = max(audit.acked_seq[place], fate.position.seq)
+        elif fate.kind in ("internal", "corrupt"):
+            audit.violations.append(f"write of {call.ids}: {fate.kind}: {fate.message}")
 
     def _note_asked(self, place: Place, call: WriteCall) -> None:
         name = (place, call.client_id, call.request_no)

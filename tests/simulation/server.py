@@ -22,7 +22,14 @@ from shoal_cluster.links.listener import Listener
 from shoal_cluster.links.messages import Handler, Reply, Request
 from shoal_cluster.links.pool import LinkPool
 from shoal_cluster.shard.building import LocalBuilds
-from shoal_cluster.shard.calls import CountCall, GetCall, ScrollCall, SearchCall, WriteCall
+from shoal_cluster.shard.calls import (
+    CountCall,
+    GetCall,
+    ScrollCall,
+    SearchCall,
+    WriteGroup,
+    fates_to_wire,
+)
 from shoal_cluster.shard.compute import InlineCompute
 from shoal_cluster.shard.host import ShardHost, ShardName
 from shoal_cluster.shard.ports import ShardPorts
@@ -114,7 +121,7 @@ class SimulatedServer:
             GetCall.METHOD: self._get,
             ScrollCall.METHOD: self._scroll,
             CountCall.METHOD: self._count,
-            WriteCall.METHOD: self._write,
+            WriteGroup.METHOD: self._write,
             PUSH: self._push,
             WAKE: self._wake,
             REPORT: self._report,
@@ -181,8 +188,8 @@ class SimulatedServer:
         return Reply(reply.to_wire())
 
     async def _write(self, request: Request) -> Reply:
-        call = WriteCall.from_wire(request.header, request.body)  # type: ignore[arg-type]
-        return Reply((await self.host.write(call)).to_wire())
+        group = WriteGroup.from_wire(request.header, request.body)  # type: ignore[arg-type]
+        return Reply(fates_to_wire(await self.host.write(group.calls)))
 
     def _push(self, request: Request) -> Reply:
         header: Any = request.header

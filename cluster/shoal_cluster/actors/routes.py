@@ -5,6 +5,7 @@ from typing import Any
 
 from shoal_cluster.domain.errors import Outcome, Unavailable
 from shoal_cluster.domain.ids import ServerId
+from shoal_cluster.domain.shard_caller import Body
 from shoal_cluster.domain.topology import Topology
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.pool import LinkPool
@@ -52,7 +53,7 @@ class LinkCaller:
         server: ServerId,
         method: str,
         header: object,
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         *,
         timeout_s: float,
         on_lost: Outcome,

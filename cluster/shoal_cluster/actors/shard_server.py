@@ -31,7 +31,14 @@ from shoal_cluster.domain.observation import MachineReport, ServerReport
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.messages import Reply, Request
-from shoal_cluster.shard.calls import CountCall, GetCall, ScrollCall, SearchCall, WriteCall
+from shoal_cluster.shard.calls import (
+    CountCall,
+    GetCall,
+    ScrollCall,
+    SearchCall,
+    WriteGroup,
+    fates_to_wire,
+)
 from shoal_cluster.shard.compute import ThreadCompute
 from shoal_cluster.shard.exploring import (
     answer_facets,
@@ -108,7 +115,7 @@ class ShardServer:
                 GroupHitsCall.METHOD: self._group_hits,
                 FacetsCall.METHOD: self._facets,
                 ScrollOrderedCall.METHOD: self._scroll_ordered,
-                WriteCall.METHOD: self._write,
+                WriteGroup.METHOD: self._write,
                 PUSH: self._push,
                 WAKE: self._wake,
                 REPORT: self._report,
@@ -194,8 +201,8 @@ class ShardServer:
         return Reply(reply.to_wire(), vectors)
 
     async def _write(self, request: Request) -> Reply:
-        reply = await self._host.write(WriteCall.from_wire(_fields(request), request.body))
-        return Reply(reply.to_wire())
+        group = WriteGroup.from_wire(_fields(request), request.body)
+        return Reply(fates_to_wire(await self._host.write(group.calls)))
 
     def _push(self, request: Request) -> Reply:
         collection, shard, slot = _fields(request)

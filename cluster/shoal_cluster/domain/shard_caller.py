@@ -4,11 +4,15 @@ The links implement `ShardCaller`, the coordinator's view of the controller impl
 `TopologySource`; tests and the simulation pass fakes.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from shoal_cluster.domain.errors import Outcome
 from shoal_cluster.domain.ids import ServerId
 from shoal_cluster.domain.topology import Topology
+
+Body = bytes | memoryview | Sequence[bytes | memoryview]
+"""One buffer, or several that are sent as one."""
 
 
 class ShardCaller(Protocol):
@@ -17,7 +21,7 @@ class ShardCaller(Protocol):
         server: ServerId,
         method: str,
         header: object,
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         *,
         timeout_s: float,
         on_lost: Outcome,

@@ -3,9 +3,17 @@
 The same message goes out again, under the same request name, until it is answered or the deadline
 passes; the shard recognises the name and returns its first answer. So a lost reply costs time,
 never a second application, and only what is still unknown at the deadline ends as Indeterminate.
+
+Writes to one shard travel together, without timers: those of one turn of the event loop, and, while
+GROUPS_IN_FLIGHT_MAX are on their way, all that come meanwhile. A group costs a frame, a task and a
+reply, whatever it holds, and arrives as one: the shard's group commit finds it whole. Each write of
+a group has its own fate, and those to be sent again go together again.
 """
 
 import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from shoal_cluster.domain.clock import Clock
@@ -17,11 +25,19 @@ from shoal_cluster.domain.errors import (
     ShoalError,
     Unavailable,
 )
-from shoal_cluster.domain.ids import ServerId
+from shoal_cluster.domain.ids import CollectionId, ServerId, ShardNumber
+from shoal_cluster.domain.limits import WAL_RECORD_BYTES_MAX
 from shoal_cluster.domain.schema import CollectionSchema
-from shoal_cluster.domain.shard_caller import ShardCaller, TopologySource
+from shoal_cluster.domain.shard_caller import Body, ShardCaller, TopologySource
 from shoal_cluster.domain.topology import CollectionPlace, Topology
-from shoal_cluster.shard.calls import GetCall, RowsReply, WriteCall, WriteReply
+from shoal_cluster.shard.calls import (
+    GetCall,
+    RowsReply,
+    WriteCall,
+    WriteGroup,
+    WriteReply,
+    fates_from_wire,
+)
 
 ATTEMPT_S_MAX = 5.0
 """Then the message goes out again, perhaps to another primary. Above the slowest usual PUT."""
@@ -39,6 +55,58 @@ ROUND_WAIT_MIN_S, ROUND_WAIT_MAX_S = 0.05, 1.0
 
 RETRY_AFTER_MS_DEFAULT = 100
 
+GROUPS_IN_FLIGHT_MAX = 2
+"""Of one shard: while one is being made durable, the next is on its way or waits at the primary."""
+
+GROUP_CALLS_MAX = 256
+GROUP_BYTES_MAX = WAL_RECORD_BYTES_MAX
+"""What one record of the log may hold; a larger group would be two records anyway."""
+
+CALL_BYTES = 128
+"""What a call without rows counts."""
+
+Call = WriteCall | GetCall
+
+_Place = tuple[CollectionId, ShardNumber]
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A call that is not answered yet.
+
+    failure: why it was not, the last time. lost: the last attempt that may have been applied.
+    """
+
+    call: Call
+    schema: CollectionSchema
+    deadline_s: float
+    answer: "asyncio.Future[Any]"
+    failure: ShoalError | None = None
+    lost: ShoalError | None = None
+    on_its_way: bool = False
+
+    def fail(self, error: ShoalError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+    def give_up(self) -> ShoalError:
+        """Returns how the call ends that nobody answered for good."""
+        return _gave_up(
+            self.call,
+            self.schema,
+            self.lost,
+            self.failure or Unavailable("the deadline passed"),
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """Writes to one shard. in_flight: groups, one that is about to be taken included."""
+
+    waiting: deque[_Asked] = field(default_factory=deque)
+    in_flight: int = 0
+    is_starting: bool = False
+
 
 class PrimaryCalls:
     """Reaches primaries for one coordinator. Used from one event loop."""
@@ -47,6 +115,8 @@ class PrimaryCalls:
         self._caller = caller
         self._topology = topology
         self._clock = clock
+        self._lines: dict[_Place, _Line] = {}
+        self._running: set[asyncio.Task[None]] = set()
 
     async def write(
         self, call: WriteCall, schema: CollectionSchema, *, deadline_s: float
@@ -56,89 +126,169 @@ class PrimaryCalls:
         Raises: Indeterminate when the write may have been applied; Unavailable, Overloaded or
         NotFound (the collection was dropped) when it was not; what the primary says about it.
         """
-        header, _ = await self._ask(
-            call, call.body, schema, deadline_s=deadline_s, on_lost=Outcome.MAYBE_APPLIED
-        )
-        return WriteReply.from_wire(header)
+        asked = _Asked(call, schema, deadline_s, asyncio.get_running_loop().create_future())
+        self._join_line(asked)
+        try:
+            # It may have to wait longer than it can, behind a group that is not answered.
+            async with asyncio.timeout(max(0.0, deadline_s - self._clock.monotonic_s())):
+                reply: WriteReply = await asked.answer
+        except TimeoutError as error:
+            if asked.on_its_way:
+                asked.lost = Indeterminate("no answer before the deadline")
+            raise asked.give_up() from error
+        return reply
 
     async def get(self, call: GetCall, schema: CollectionSchema, *, deadline_s: float) -> RowsReply:
         """Returns rows as the primary has them; without tails and vectors they are all there.
 
         Raises: Unavailable, Overloaded, NotFound; nothing was applied, this is a read.
         """
-        header, body = await self._ask(
-            call, b"", schema, deadline_s=deadline_s, on_lost=Outcome.NOT_APPLIED
-        )
-        return RowsReply.from_wire(header, body)
+        asked = _Asked(call, schema, deadline_s, asyncio.get_running_loop().create_future())
+        await self._deliver([asked])
+        reply: RowsReply = await asked.answer
+        return reply
 
-    async def _ask(
-        self,
-        call: WriteCall | GetCall,
-        body: bytes | memoryview,
-        schema: CollectionSchema,
-        *,
-        deadline_s: float,
-        on_lost: Outcome,
-    ) -> tuple[Any, memoryview]:
-        header = call.to_wire()
+    def _join_line(self, asked: _Asked) -> None:
+        key = (asked.call.collection, asked.call.shard)
+        line = self._lines.get(key)
+        if line is None:
+            line = self._lines[key] = _Line()
+        line.waiting.append(asked)
+        self._start(key, line)
+
+    def _start(self, key: _Place, line: _Line) -> None:
+        """Has a group taken in the next turn of the loop, unless enough are on their way."""
+        if not line.waiting or line.is_starting or line.in_flight >= GROUPS_IN_FLIGHT_MAX:
+            return
+        line.is_starting = True
+        line.in_flight += 1
+        task = asyncio.ensure_future(self._serve(key, line))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _serve(self, key: _Place, line: _Line) -> None:
+        """Delivers groups of a line, one after the other, while any wait."""
+        line.is_starting = False
+        try:
+            while group := _next_group(line.waiting):
+                self._start(key, line)
+                try:
+                    await self._deliver(group)
+                except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the writes
+                    for asked in group:
+                        if not asked.answer.done():
+                            asked.answer.set_exception(error)
+        finally:
+            line.in_flight -= 1
+            if not line.in_flight and not line.waiting:
+                del self._lines[key]
+
+    async def _deliver(self, group: Sequence[_Asked]) -> None:
+        """Returns once each call of the group has its answer or its failure. All of one shard."""
         topology = self._topology.current()
         wait_s = ROUND_WAIT_MIN_S
-        lost: ShoalError | None = None  # an attempt that may have been applied
-        failure: ShoalError = Unavailable("the deadline passed")
-        while True:
-            remaining_s = deadline_s - self._clock.monotonic_s()
-            if remaining_s <= 0:
-                raise _gave_up(call, schema, lost, failure)
-            primary = (
-                _same(topology.collections.get(schema.name), schema).shards[call.shard].primary
-            )
+        while group := self._in_time(group):
+            call, schema = group[0].call, group[0].schema
+            retry_after_s = 0.0
             try:
-                if primary is None:
-                    raise Unavailable("a takeover is under way")
-                attempt = asyncio.ensure_future(
-                    self._caller.call(
-                        primary,
-                        call.METHOD,
-                        header,
-                        body,
-                        timeout_s=min(remaining_s, ATTEMPT_S_MAX),
-                        on_lost=on_lost,
-                    )
-                )
-                return await self._while_it_leads(
-                    attempt,
-                    primary,
-                    call=call,
-                    schema=schema,
-                    topology=topology,
-                    on_lost=on_lost,
-                )
-            except Overloaded as error:
-                failure = error
-                retry_after_s = (error.retry_after_ms or RETRY_AFTER_MS_DEFAULT) / 1000
-                if retry_after_s >= deadline_s - self._clock.monotonic_s():
-                    raise _gave_up(call, schema, lost, error) from error
+                place = _same(topology.collections.get(schema.name), schema)
+            except NotFound as dropped:
+                for asked in group:
+                    asked.fail(dropped)
+                return
+            primary = place.shards[call.shard].primary
+            if primary is None:
+                for asked in group:
+                    asked.failure = Unavailable("a takeover is under way")
+            else:
+                answers = await self._attempt(group, primary, topology)
+                for asked, answer in zip(group, answers, strict=True):
+                    retry_after_s = max(retry_after_s, self._take(asked, answer))
+            group = [asked for asked in group if not asked.answer.done()]
+            if not group:
+                return
+            if retry_after_s:
                 await self._clock.sleep(retry_after_s)
                 topology = self._topology.current()
                 continue
-            except Indeterminate as error:
-                if error.field is not None:
-                    raise  # the shard's own verdict about the request, not a lost reply
-                lost = failure = error
-            except (Unavailable, NotFound) as error:
-                # NotPrimary; or the server is gone, or has not loaded the shard yet.
-                failure = error
-            remaining_s = max(0.0, deadline_s - self._clock.monotonic_s())
-            topology = await self._topology.newer_than(topology.version, min(wait_s, remaining_s))
+            left_s = max(asked.deadline_s for asked in group) - self._clock.monotonic_s()
+            topology = await self._topology.newer_than(
+                topology.version, min(wait_s, max(0.0, left_s))
+            )
             wait_s = min(2 * wait_s, ROUND_WAIT_MAX_S)
+
+    def _in_time(self, group: Sequence[_Asked]) -> list[_Asked]:
+        """Returns the calls that somebody waits for; those whose deadline has passed fail."""
+        now_s = self._clock.monotonic_s()
+        for asked in group:
+            if asked.deadline_s <= now_s:
+                asked.fail(asked.give_up())
+        return [asked for asked in group if not asked.answer.done()]
+
+    async def _attempt(
+        self, group: Sequence[_Asked], primary: ServerId, topology: Topology
+    ) -> Sequence[Any]:
+        """Sends the group once; returns what became of each call, a reply or a ShoalError."""
+        deadline_s = max(asked.deadline_s for asked in group)
+        first = group[0].call
+        message: WriteGroup | GetCall
+        bodies: Body = b""
+        if isinstance(first, GetCall):
+            message, on_lost = first, Outcome.NOT_APPLIED
+        else:
+            message = WriteGroup([asked.call for asked in group])  # type: ignore[misc]
+            bodies, on_lost = message.bodies(), Outcome.MAYBE_APPLIED
+        attempt = asyncio.ensure_future(
+            self._caller.call(
+                primary,
+                message.METHOD,
+                message.to_wire(),
+                bodies,
+                timeout_s=min(deadline_s - self._clock.monotonic_s(), ATTEMPT_S_MAX),
+                on_lost=on_lost,
+            )
+        )
+        for asked in group:
+            asked.on_its_way = True
+        try:
+            header, body = await self._while_it_leads(
+                attempt, primary, group[0], topology=topology, on_lost=on_lost
+            )
+        except ShoalError as error:
+            return [error] * len(group)
+        finally:
+            for asked in group:
+                asked.on_its_way = False
+        if isinstance(message, GetCall):
+            return [RowsReply.from_wire(header, body)]
+        return fates_from_wire(header)
+
+    def _take(self, asked: _Asked, answer: Any) -> float:
+        """Takes what became of a call; returns how long the shard asks to be left alone."""
+        if not isinstance(answer, ShoalError):
+            if not asked.answer.done():
+                asked.answer.set_result(answer)
+        elif isinstance(answer, Overloaded):
+            asked.failure = answer
+            retry_after_s = (answer.retry_after_ms or RETRY_AFTER_MS_DEFAULT) / 1000
+            if retry_after_s < asked.deadline_s - self._clock.monotonic_s():
+                return retry_after_s
+            asked.fail(asked.give_up())
+        elif isinstance(answer, Indeterminate) and answer.field is None:
+            asked.lost = asked.failure = answer
+        elif isinstance(answer, Unavailable | NotFound):
+            # NotPrimary; or the server is gone, or has not loaded the shard yet.
+            asked.failure = answer
+        else:
+            asked.fail(answer)
+        return 0.0
 
     async def _while_it_leads(
         self,
         attempt: asyncio.Task[tuple[Any, memoryview]],
         primary: ServerId,
+        asked: _Asked,
         *,
-        call: WriteCall | GetCall,
-        schema: CollectionSchema,
         topology: Topology,
         on_lost: Outcome,
     ) -> tuple[Any, memoryview]:
@@ -157,9 +307,10 @@ class PrimaryCalls:
                 finally:
                     news.cancel()
                 topology = self._topology.current()
-                if not attempt.done() and _primary_of(topology, call, schema) != primary:
+                if not attempt.done() and _primary_of(topology, asked) != primary:
                     reason = (
-                        f"server {primary} stopped leading shard {call.shard} before it answered"
+                        f"server {primary} stopped leading shard {asked.call.shard} before it "
+                        "answered"
                     )
                     if on_lost is Outcome.MAYBE_APPLIED:
                         raise Indeterminate(reason)
@@ -173,13 +324,27 @@ class PrimaryCalls:
                 attempt.exception()  # seen: what a given up attempt found is of no interest
 
 
-def _primary_of(
-    topology: Topology, call: WriteCall | GetCall, schema: CollectionSchema
-) -> ServerId | None:
-    place = topology.collections.get(schema.name)
-    if place is None or place.schema.id != schema.id:
+def _next_group(waiting: deque[_Asked]) -> list[_Asked]:
+    """Takes those that somebody still waits for, in their order, up to the bounds."""
+    group: list[_Asked] = []
+    size_bytes = 0
+    while waiting and len(group) < GROUP_CALLS_MAX:
+        call = waiting[0].call
+        assert isinstance(call, WriteCall), "only writes stand in line"
+        size_bytes += call.size_bytes + CALL_BYTES
+        if group and size_bytes > GROUP_BYTES_MAX:
+            break
+        asked = waiting.popleft()
+        if not asked.answer.done():
+            group.append(asked)
+    return group
+
+
+def _primary_of(topology: Topology, asked: _Asked) -> ServerId | None:
+    place = topology.collections.get(asked.schema.name)
+    if place is None or place.schema.id != asked.schema.id:
         return None
-    return place.shards[call.shard].primary
+    return place.shards[asked.call.shard].primary
 
 
 def _same(place: CollectionPlace | None, schema: CollectionSchema) -> CollectionPlace:
@@ -189,7 +354,7 @@ def _same(place: CollectionPlace | None, schema: CollectionSchema) -> Collection
 
 
 def _gave_up(
-    call: WriteCall | GetCall,
+    call: Call,
     schema: CollectionSchema,
     lost: ShoalError | None,
     failure: ShoalError,

@@ -7,7 +7,7 @@ the wire. Filters are the wire form of filtering/expression.py. Sequence numbers
 Methods: the `METHOD` of each call.
 
     SEARCH -> SearchReply   GET -> RowsReply    SCROLL -> RowsReply   COUNT -> CountReply
-    WRITE  -> WriteReply
+    WRITE  -> a WriteReply or an error for each call of the group
 """
 
 import enum
@@ -16,6 +16,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any, ClassVar
 
+from shoal_cluster.domain.errors import ShoalError
+from shoal_cluster.domain.errors import from_wire as error_from_wire
+from shoal_cluster.domain.errors import to_wire as error_to_wire
 from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ShardNumber
 from shoal_cluster.domain.point import Tail
 from shoal_cluster.domain.session import ORIGIN, Consistency, Position
@@ -319,7 +322,6 @@ class WriteCall:
     exactly this seq (0: absent).
     """
 
-    METHOD: ClassVar[str] = "write"
     collection: CollectionId
     shard: ShardNumber
     client_id: str
@@ -332,6 +334,12 @@ class WriteCall:
     if_absent: bool = False
     if_seqs: Sequence[int] | None = None
     body: bytes | memoryview = field(default=b"", repr=False)
+
+    @property
+    def size_bytes(self) -> int:
+        """What the call takes in memory and in the log, but for some 100 bytes."""
+        rows_bytes = sum(map(len, self.ids)) + sum(map(len, self.tails))
+        return memoryview(self.body).nbytes + rows_bytes
 
     def to_wire(self) -> list[Any]:
         return [
@@ -366,6 +374,32 @@ class WriteCall:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class WriteGroup:
+    """Writes to one shard that travel together. Each has its own fate, as if it had come alone."""
+
+    METHOD: ClassVar[str] = "write"
+    calls: Sequence[WriteCall]
+
+    def to_wire(self) -> list[Any]:
+        first = self.calls[0]
+        calls = [[call.to_wire(), memoryview(call.body).nbytes] for call in self.calls]
+        return [first.collection, first.shard, calls]
+
+    def bodies(self) -> list[bytes | memoryview]:
+        return [call.body for call in self.calls]
+
+    @staticmethod
+    def from_wire(fields: Sequence[Any], body: bytes | memoryview) -> "WriteGroup":
+        calls = []
+        start = 0
+        rest = memoryview(body)
+        for call_fields, size_bytes in fields[2]:
+            calls.append(WriteCall.from_wire(call_fields, rest[start : start + size_bytes]))
+            start += size_bytes
+        return WriteGroup(calls)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WriteReply:
     """position: of the request's last operation (merge it into the session token).
@@ -390,3 +424,20 @@ class WriteReply:
             affected=fields[3],
             more=fields[4],
         )
+
+
+WriteFate = WriteReply | ShoalError
+"""What became of one call of a group."""
+
+
+def fates_to_wire(fates: Sequence[WriteFate]) -> list[Any]:
+    return [
+        error_to_wire(fate) if isinstance(fate, ShoalError) else fate.to_wire() for fate in fates
+    ]
+
+
+def fates_from_wire(fields: Sequence[Any]) -> list[WriteFate]:
+    return [
+        error_from_wire(fate) if isinstance(fate, dict) else WriteReply.from_wire(fate)
+        for fate in fields
+    ]

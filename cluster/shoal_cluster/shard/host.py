@@ -46,7 +46,7 @@ from shoal_cluster.shard.calls import (
     SearchCall,
     SearchReply,
     WriteCall,
-    WriteReply,
+    WriteFate,
     rows_body,
 )
 from shoal_cluster.shard.damage import Damage, Part
@@ -386,12 +386,13 @@ class ShardHost:
             found = rows.count(replica.state.snapshot(), _expression(call.filter))
         return CountReply(rows=found, as_of=replica.as_of())
 
-    async def write(self, call: WriteCall) -> WriteReply:
-        name = (call.collection, call.shard)
+    async def write(self, calls: Sequence[WriteCall]) -> list[WriteFate]:
+        """Applies requests to one shard; see `Primary.write`."""
+        name = (calls[0].collection, calls[0].shard)
         hosted = self._hosted.get(name)
         if hosted is None or hosted.primary is None:
-            raise NotPrimary(f"this server does not lead shard {call.shard}; nothing was applied")
-        return await hosted.primary.write(call)
+            raise NotPrimary(f"this server does not lead shard {name[1]}; nothing was applied")
+        return await hosted.primary.write(calls)
 
     def reports(self) -> list[ReplicaReport]:
         """Returns what the controller needs to know of every replica."""

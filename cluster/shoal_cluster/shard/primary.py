@@ -31,7 +31,7 @@ from shoal_cluster.domain.errors import (
 )
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.session import Position
-from shoal_cluster.shard.calls import WriteCall, WriteReply
+from shoal_cluster.shard.calls import WriteCall, WriteFate, WriteReply
 from shoal_cluster.shard.composition import Composition
 from shoal_cluster.shard.damage import Damage
 from shoal_cluster.shard.dedup import Answer
@@ -48,11 +48,40 @@ _RETRY_AFTER_MS = 100
 _REQUEST_OVERHEAD_BYTES = 64
 
 
+class _Fates:
+    """Collects what becomes of the calls that came together. future: all of it, once known."""
+
+    __slots__ = ("_fates", "_open", "future")
+
+    def __init__(self, count: int) -> None:
+        self._fates: list[WriteFate | None] = [None] * count
+        self._open = count
+        self.future: asyncio.Future[list[WriteFate]] = asyncio.get_running_loop().create_future()
+
+    def settle(self, index: int, fate: WriteFate) -> None:
+        """Takes the fate of a call; the first one counts."""
+        if self._fates[index] is not None:
+            return
+        self._fates[index] = fate
+        self._open -= 1
+        if not self._open and not self.future.done():
+            self.future.set_result([each for each in self._fates if each is not None])
+
+
 @dataclass(slots=True, eq=False)
 class _Queued:
     call: WriteCall
     size_bytes: int
-    reply: asyncio.Future[WriteReply]
+    fates: _Fates
+    index: int
+
+    def settle(self, fate: WriteFate) -> None:
+        self.fates.settle(self.index, fate)
+
+    @property
+    def is_given_up(self) -> bool:
+        """Nobody waits for the answer any more."""
+        return self.fates.future.done()
 
 
 @dataclass(slots=True)
@@ -65,21 +94,17 @@ class _Group:
     def settle(self) -> None:
         """Tells everybody what was found: the group is durable, the state was the newest."""
         for queued, answer in self.members:
-            if not queued.reply.done():
-                queued.reply.set_result(_reply(answer))
+            queued.settle(_reply(answer))
         for queued, refusal in self.refused:
-            if not queued.reply.done():
-                queued.reply.set_exception(refusal)
+            queued.settle(refusal)
 
     def fail(self, error: ShoalError) -> None:
         """Gives `error` to all without an answer; what only failed a condition did nothing."""
         for queued, _ in self.members:
-            if not queued.reply.done():
-                queued.reply.set_exception(error)
+            queued.settle(error)
         for queued, _ in self.refused:
-            if not queued.reply.done():
-                reason = f"the condition could not be judged: {error.message}; nothing was applied"
-                queued.reply.set_exception(Unavailable(reason))
+            reason = f"the condition could not be judged: {error.message}; nothing was applied"
+            queued.settle(Unavailable(reason))
 
 
 class Primary:
@@ -127,26 +152,24 @@ class Primary:
         """Replaces damaged objects by what this primary holds; see Sealer.repair."""
         self._sealer.repair(damages)
 
-    async def write(self, call: WriteCall) -> WriteReply:
-        """Applies one request and returns when it is durable and visible here.
+    async def write(self, calls: Sequence[WriteCall]) -> list[WriteFate]:
+        """Applies requests and returns once each is durable and visible here, or has failed.
 
-        Raises: InvalidRequest, Conflict (a condition failed), NotPrimary, Overloaded: nothing was
-        applied. Indeterminate: send the same request again to find out.
+        An error is InvalidRequest, Conflict (a condition failed), NotPrimary: nothing was applied;
+        or Indeterminate: send the same request again to find out.
+
+        Raises: NotPrimary, Overloaded: nothing was applied of any.
         """
         if self._ended is not None:
             raise NotPrimary(self._ended.message)
-        self._admit(call)
-        size_bytes = (
-            memoryview(call.body).nbytes
-            + sum(map(len, call.tails))
-            + sum(map(len, call.ids))
-            + _REQUEST_OVERHEAD_BYTES
-        )
-        reply: asyncio.Future[WriteReply] = asyncio.get_running_loop().create_future()
-        self._queue.append(_Queued(call, size_bytes, reply))
-        self._queued_bytes += size_bytes
+        self._admit()
+        fates = _Fates(len(calls))
+        for index, call in enumerate(calls):
+            size_bytes = call.size_bytes + _REQUEST_OVERHEAD_BYTES
+            self._queue.append(_Queued(call, size_bytes, fates, index))
+            self._queued_bytes += size_bytes
         self._wake.set()
-        return await reply
+        return await fates.future
 
     @property
     def appending(self) -> Slot | None:
@@ -165,11 +188,12 @@ class Primary:
             return
         self._lose(f"slot {record.slot} was taken by epoch {record.epoch}")
 
-    def _admit(self, call: WriteCall) -> None:
+    def _admit(self) -> None:
+        shard = self._replica.keys.shard
         if self._sealer.behind and self._is_full():
             failing = self._replica.failures.reason()
             raise Overloaded(
-                f"shard {call.shard} holds {self._replica.state.active.operations} rows that wait "
+                f"shard {shard} holds {self._replica.state.active.operations} rows that wait "
                 f"for a segment to be built{f' ({failing})' if failing else ''}; nothing was "
                 "applied",
                 limit=f"{limits.MEMTABLE_OPERATIONS_MAX} rows or {limits.MEMTABLE_BYTES_MAX} bytes",
@@ -177,7 +201,7 @@ class Primary:
             )
         if self._queued_bytes >= limits.WAL_QUEUE_BYTES_MAX:
             raise Overloaded(
-                f"shard {call.shard} has {self._queued_bytes} bytes of writes queued; nothing was "
+                f"shard {shard} has {self._queued_bytes} bytes of writes queued; nothing was "
                 "applied",
                 limit=f"{limits.WAL_QUEUE_BYTES_MAX} bytes",
                 retry_after_ms=_RETRY_AFTER_MS,
@@ -256,8 +280,8 @@ class Primary:
         while self._queue and not composition.full:
             queued = self._queue.popleft()
             self._queued_bytes -= queued.size_bytes
-            if queued.reply.done():
-                continue  # its caller gave up before anything was started
+            if queued.is_given_up:
+                continue  # before anything was started
             try:
                 answer = composition.add(queued.call)
             except Conflict as error:
@@ -265,10 +289,10 @@ class Primary:
             except Corrupt as error:
                 # There may be more damage in what the group was judged by: none of it is appended.
                 self._replica.suspected = True
-                queued.reply.set_exception(error)
+                queued.settle(error)
                 raise
             except ShoalError as error:
-                queued.reply.set_exception(error)
+                queued.settle(error)
             else:
                 if answer is None:
                     self._queue.appendleft(queued)
@@ -355,8 +379,7 @@ class Primary:
             self._replica.leader = None
             self._replica.wake()
         for queued in self._queue:
-            if not queued.reply.done():
-                queued.reply.set_exception(error)
+            queued.settle(error)
         self._queue.clear()
         self._queued_bytes = 0
         self._sealer.stop()

@@ -26,6 +26,7 @@ from tests.unit.shard.nodes import (
     delete,
     points_of,
     upsert,
+    write,
 )
 
 NAME = (SCHEMA.id, SHARD)
@@ -76,10 +77,10 @@ def serve(folder: str, place: str, *, ends: bool) -> int:
         await host.promote(NAME)
         primary = host._hosted[NAME].primary
         assert primary is not None
-        await host.write(upsert(1, {"a": 1.0, "b": 2.0}))
+        await write(host, upsert(1, {"a": 1.0, "b": 2.0}))
         primary._sealer.start()
         await asyncio.gather(primary._sealer._seal)
-        await host.write(delete(2, "a"))
+        await write(host, delete(2, "a"))
         disk.failing = {"append": "/wal/", "manifest": "/man/", "takeover": "/wal/"}.get(
             place, "/seg/"
         )
@@ -87,13 +88,13 @@ def serve(folder: str, place: str, *, ends: bool) -> int:
             await primary.close()
             await asyncio.gather(host.promote(NAME), return_exceptions=True)
         elif place == "append":
-            await asyncio.gather(host.write(upsert(3, {"c": 3.0})), return_exceptions=True)
+            await asyncio.gather(write(host, upsert(3, {"c": 3.0})), return_exceptions=True)
         elif place == "tombstones":  # the only object of a seal without rows
             primary._sealer.start()
             await asyncio.gather(primary._sealer._seal)
         else:
             disk.failing, due = "", disk.failing
-            await host.write(upsert(3, {"c": 3.0}))
+            await write(host, upsert(3, {"c": 3.0}))
             disk.failing = due
             primary._sealer.start()
             await asyncio.gather(primary._sealer._seal)

@@ -325,15 +325,15 @@ def test_a_version_written_meanwhile_elsewhere_is_not_deleted() -> None:
             former.rows[b"a"].seq = former.seq
             return inner(call)
 
-        answer = FakeCluster._answer
+        fate = FakeCluster._fate
 
-        def spy(self: FakeCluster, server: Any, message: Any, body: bytes) -> Any:
-            if getattr(message, "kind", None) is WriteKind.UPSERT:
-                return somebody_writes_the_former_shard_first(message), b""
-            return answer(self, server, message, body)
+        def spy(self: FakeCluster, server: Any, call: Any) -> Any:
+            if call.kind is WriteKind.UPSERT:
+                return somebody_writes_the_former_shard_first(call)
+            return fate(self, server, call)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FakeCluster, "_answer", spy)
+            patch.setattr(FakeCluster, "_fate", spy)
             await writer.upsert(upsert("a", no=2, section=THERE), timeout_s=5)
         assert b"a" in former.rows
 

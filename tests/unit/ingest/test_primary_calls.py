@@ -1,14 +1,16 @@
-"""A write under way when its primary stops answering: who waits, how long, and what is sent."""
+"""Writes on their way to a primary: what travels together, who waits, how long, what is sent."""
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from shoal_cluster.domain.errors import Indeterminate
+from shoal_cluster.domain.errors import Conflict, Indeterminate, Overloaded, Unavailable
 from shoal_cluster.domain.ids import ServerId
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import Metric
+from shoal_cluster.ingest import primary_calls
 from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.ingest.validate import UpsertRequest
 from tests.unit.query.fake_cluster import FakeCluster, a_schema
@@ -27,11 +29,11 @@ def a_cluster():
     return cluster, writer
 
 
-def upsert():
+def upsert(no=1, point_id="x"):
     return UpsertRequest(
         collection="docs",
-        name=RequestName("client", 1),
-        ids=["x"],
+        name=RequestName("client", no),
+        ids=[point_id],
         vectors=np.ones((1, 4), dtype=np.float32),
     )
 
@@ -84,14 +86,110 @@ def test_a_write_given_up_without_a_successor_is_unknown_and_not_failed():
     run(scenario())
 
 
-def test_a_caller_that_leaves_ends_the_attempt():
+def test_writes_of_one_turn_go_as_one_group_and_each_has_its_own_fate():
     async def scenario():
         cluster, writer = a_cluster()
-        writing = asyncio.ensure_future(writer.upsert(upsert(), timeout_s=60))
-        await asyncio.sleep(1.0)
-        writing.cancel()
+        cluster.hanging.clear()
+        await writer.upsert(upsert(1), timeout_s=60)
+        cluster.sent.clear()
+        fates = await asyncio.gather(
+            writer.upsert(upsert(2, "y"), timeout_s=60),
+            writer.upsert(replace(upsert(3), if_absent=True), timeout_s=60),
+            writer.upsert(upsert(4, "z"), timeout_s=60),
+            return_exceptions=True,
+        )
+        assert [fate.seqs for fate in (fates[0], fates[2])] == [[2], [3]]
+        assert isinstance(fates[1], Conflict) and fates[1].field == "conditions[0]"
+        assert [len(message.calls) for message in cluster.sent] == [3]
+
+    run(scenario())
+
+
+def test_what_comes_while_two_groups_are_on_their_way_goes_as_the_next():
+    async def scenario():
+        cluster, writer = a_cluster()
+        cluster.hanging.clear()
+        cluster.scripts[ServerId("a")] += [1.0, 2.0]
+        writing = []
+        for no in range(1, 8):
+            writing.append(asyncio.ensure_future(writer.upsert(upsert(no, f"p{no}"), timeout_s=60)))
+            await asyncio.sleep(0.01)
+        await asyncio.gather(*writing)
+        assert [len(message.calls) for message in cluster.sent] == [1, 1, 5]
+
+    run(scenario())
+
+
+def test_a_group_is_sent_again_without_those_that_were_answered():
+    async def scenario():
+        cluster, writer = a_cluster()
+        cluster.hanging.clear()
+        fate, refused = cluster._fate, []
+
+        def refuse_once(server, call):
+            if call.request_no == 2 and not refused:
+                refused.append(call)
+                return Overloaded("full", retry_after_ms=300)
+            return fate(server, call)
+
+        cluster._fate = refuse_once
+        await asyncio.gather(
+            *(writer.upsert(upsert(no, f"p{no}"), timeout_s=60) for no in (1, 2, 3))
+        )
+        assert [[call.request_no for call in message.calls] for message in cluster.sent] == [
+            [1, 2, 3],
+            [2],
+        ]
+        assert 0.3 <= asyncio.get_running_loop().time() < 0.4
+
+    run(scenario())
+
+
+def test_a_group_is_bounded_in_bytes(monkeypatch):
+    monkeypatch.setattr(primary_calls, "GROUP_BYTES_MAX", 2 * primary_calls.CALL_BYTES + 100)
+
+    async def scenario():
+        cluster, writer = a_cluster()
+        cluster.hanging.clear()
+        await asyncio.gather(
+            *(writer.upsert(upsert(no, f"p{no}"), timeout_s=60) for no in range(1, 6))
+        )
+        # Not more than two at a time, nor fewer: the second starts when the first was taken.
+        assert [len(message.calls) for message in cluster.sent] == [2, 2, 1]
+
+    run(scenario())
+
+
+def test_a_write_that_waits_in_line_ends_at_its_own_deadline_and_was_not_applied():
+    async def scenario():
+        cluster, writer = a_cluster()
+        writing = []
+        for no in (1, 2):
+            writing.append(asyncio.ensure_future(writer.upsert(upsert(no), timeout_s=60)))
+            await asyncio.sleep(0.01)
+        with pytest.raises(Unavailable, match="deadline"):
+            await writer.upsert(upsert(3, "late"), timeout_s=1)
+        assert asyncio.get_running_loop().time() < 1.1
+        cluster.hanging.clear()
+        await asyncio.gather(*writing)
+        assert 3 not in {call.message.request_no for call in cluster.calls}
+
+    run(scenario())
+
+
+def test_a_caller_that_leaves_while_in_line_has_written_nothing():
+    async def scenario():
+        cluster, writer = a_cluster()
+        writing = []
+        for no in (1, 2, 3):
+            writing.append(asyncio.ensure_future(writer.upsert(upsert(no, f"p{no}"), timeout_s=60)))
+            await asyncio.sleep(0.01)
+        gone = writing.pop()
+        gone.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await writing
-        assert cluster.cancelled == ["a"]
+            await gone
+        cluster.hanging.clear()
+        await asyncio.gather(*writing)
+        assert 3 not in {call.message.request_no for call in cluster.calls}
 
     run(scenario())

@@ -20,12 +20,14 @@ from shoal_cluster.domain.errors import (
     NotFound,
     NotPrimary,
     Outcome,
+    ShoalError,
     Unavailable,
 )
 from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ServerId, ShardNumber
 from shoal_cluster.domain.point import NO_PROVENANCE, decode_tail, encode_tail
 from shoal_cluster.domain.schema import AttributeType, CollectionSchema, Metric
 from shoal_cluster.domain.session import Position
+from shoal_cluster.domain.shard_caller import Body
 from shoal_cluster.domain.topology import CollectionPlace, ShardPlace, Topology
 from shoal_cluster.filtering.expression import matches
 from shoal_cluster.filtering.wire import from_wire
@@ -39,8 +41,11 @@ from shoal_cluster.shard.calls import (
     SearchCall,
     SearchReply,
     WriteCall,
+    WriteFate,
+    WriteGroup,
     WriteKind,
     WriteReply,
+    fates_to_wire,
     rows_body,
 )
 from tests.unit.query import fake_exploring
@@ -80,7 +85,7 @@ class FakeShard:
     number: ShardNumber
     rows: dict[bytes, StoredRow] = field(default_factory=dict)
     seq: int = 0
-    answered: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
+    answered: dict[tuple[str, int], WriteReply] = field(default_factory=dict)
     delete_where_max: int = 10_000
     rows_per_reply_max: int = 10_000
     bounded_shards: set[int] = field(default_factory=set)
@@ -140,10 +145,10 @@ class FakeShard:
         raw = b"".join(self.rows[i].vector.tobytes() for i in there) if call.with_vector else b""
         return reply.to_wire(), rows_body(raw, reply.tails)
 
-    def write(self, call: WriteCall) -> list[Any]:
+    def write(self, call: WriteCall) -> WriteReply:
         name = (call.client_id, call.request_no)
         if name not in self.answered:
-            self.answered[name] = self._apply(call).to_wire()
+            self.answered[name] = self._apply(call)
         return self.answered[name]
 
     def _apply(self, call: WriteCall) -> WriteReply:
@@ -214,6 +219,7 @@ class FakeCluster:
         self.dead: set[ServerId] = set()
         self.hanging: set[ServerId] = set()
         self.calls: list[Call] = []
+        self.sent: list[Any] = []
         self.cancelled: list[ServerId] = []
         self.on_wait: list[Callable[[], None]] = []
         self._newer = asyncio.Event()
@@ -285,17 +291,20 @@ class FakeCluster:
         server: ServerId,
         method: str,
         header: object,
-        body: bytes | memoryview = b"",
+        body: Body = b"",
         *,
         timeout_s: float,
         on_lost: Outcome,
     ) -> tuple[Any, memoryview]:
         assert timeout_s > 0, "a call without time"
         fields = msgpack.unpackb(msgpack.packb(header))
-        message = _parse(method, fields, bytes(body))
-        self.calls.append(Call(server, method, message))
+        sent = bytes(body) if isinstance(body, bytes | memoryview) else b"".join(body)
+        message = _parse(method, fields, sent)
+        self.sent.append(message)
+        writes = message.calls if isinstance(message, WriteGroup) else [message]
+        self.calls += [Call(server, method, each) for each in writes]
         try:
-            return await self._serve(server, message, bytes(body), timeout_s, on_lost)
+            return await self._serve(server, message, sent, timeout_s, on_lost)
         except asyncio.CancelledError:
             self.cancelled.append(server)
             raise
@@ -320,6 +329,8 @@ class FakeCluster:
         return msgpack.unpackb(msgpack.packb(reply)), memoryview(raw)
 
     def _answer(self, server: ServerId, message: Any, body: bytes) -> tuple[Any, bytes]:
+        if isinstance(message, WriteGroup):
+            return fates_to_wire([self._fate(server, call) for call in message.calls]), b""
         shard = self.shards.get((message.collection, message.shard))
         if shard is None:
             raise NotFound(f"{server} does not hold shard {message.shard}")
@@ -336,15 +347,24 @@ class FakeCluster:
                 return CountReply(rows=rows, as_of=shard.as_of()).to_wire(), b""
         if type(message) in fake_exploring.ANSWERS:
             return fake_exploring.answer(shard, message, body)
-        place = self.topology.collections[shard.schema.name].shards[message.shard]
+        raise AssertionError(f"unexpected {message}")
+
+    def _fate(self, server: ServerId, call: WriteCall) -> WriteFate:
+        shard = self.shards.get((call.collection, call.shard))
+        if shard is None:
+            raise NotFound(f"{server} does not hold shard {call.shard}")
+        place = self.topology.collections[shard.schema.name].shards[call.shard]
         if place.primary != server:
-            raise NotPrimary(f"{server} is not the primary of shard {message.shard}")
-        return shard.write(message), b""
+            raise NotPrimary(f"{server} is not the primary of shard {call.shard}")
+        try:
+            return shard.write(call)
+        except ShoalError as error:
+            return error
 
 
 def _parse(method: str, fields: Any, body: bytes) -> Any:
-    if method == WriteCall.METHOD:
-        return WriteCall.from_wire(fields, body)
+    if method == WriteGroup.METHOD:
+        return WriteGroup.from_wire(fields, body)
     known: list[Any] = [SearchCall, GetCall, ScrollCall, CountCall, *fake_exploring.ANSWERS]
     return {c.METHOD: c for c in known}[method].from_wire(fields)
 

@@ -12,6 +12,7 @@ import numpy as np
 from shoal_cluster.bucket.faults import NO_FAULTS, FaultPlan, FaultStore
 from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.bucket.store import Store
+from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.domain.ids import CollectionId, Epoch, ShardNumber, Slot
 from shoal_cluster.domain.keys import ShardKeys
 from shoal_cluster.domain.point import NO_PROVENANCE, encode_tail
@@ -22,6 +23,7 @@ from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.shard.building import LocalBuilds
 from shoal_cluster.shard.calls import WriteCall, WriteKind, WriteReply
 from shoal_cluster.shard.compute import InlineCompute
+from shoal_cluster.shard.host import ShardHost
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.primary import Primary
 from shoal_cluster.shard.replica import Replica
@@ -125,6 +127,14 @@ class Network:
                 node.replica.wake()
 
 
+async def write(to: Primary | ShardHost, call: WriteCall) -> WriteReply:
+    """Writes one call that goes alone. Raises: the error that became of it."""
+    (fate,) = await to.write([call])
+    if isinstance(fate, ShoalError):
+        raise fate
+    return fate
+
+
 class Node:
     """One process with one replica, which may lead."""
 
@@ -171,7 +181,7 @@ class Node:
 
     async def write(self, call: WriteCall) -> WriteReply:
         assert self.primary is not None
-        return await self.primary.write(call)
+        return await write(self.primary, call)
 
     async def seal(self) -> None:
         """Seals what is in memory now and waits until it, and what follows from it, is done."""

@@ -34,7 +34,17 @@ from shoal_cluster.shard.exploring_calls import (
 )
 from shoal_cluster.shard.ordered_scroll import After, Order, scroll_ordered
 from shoal_cluster.shard.range_search import RangeOrder, range_page
-from tests.unit.shard.nodes import DIMENSION, SCHEMA, SHARD, Shard, colored, patch, run, upsert
+from tests.unit.shard.nodes import (
+    DIMENSION,
+    SCHEMA,
+    SHARD,
+    Shard,
+    colored,
+    patch,
+    run,
+    upsert,
+    write,
+)
 from tests.unit.shard.test_host import led
 from tests.unit.shard.test_search import FILTERS, brute_force, mixed_shard, passing
 
@@ -251,8 +261,8 @@ def test_range_pages_together_are_every_row_within_the_key(
 def test_calls_travel_as_messages_and_pages_are_bounded_by_bytes(tmp_path: Path) -> None:
     async def scenario() -> None:
         host = await led(tmp_path)
-        await host.write(upsert(1, {f"p{n}": float(n) for n in range(9)}))
-        await host.write(upsert(2, {f"q{n}": float(n) for n in range(3)}, color="green"))
+        await write(host, upsert(1, {f"p{n}": float(n) for n in range(9)}))
+        await write(host, upsert(2, {f"q{n}": float(n) for n in range(3)}, color="green"))
         where: dict[str, Any] = {"collection": SCHEMA.id, "shard": SHARD}
         query = np.zeros(DIMENSION, dtype=np.float32).tobytes()
 

@@ -34,6 +34,7 @@ from tests.unit.shard.nodes import (
     tail,
     upsert,
     vector,
+    write,
 )
 
 NAME = (SCHEMA.id, SHARD)
@@ -57,7 +58,7 @@ def test_calls_travel_as_messages_and_are_answered(tmp_path):
     async def scenario():
         host = await led(tmp_path)
         call = upsert(1, {"a": 1, "b": 2, "c": 3})
-        reply = await host.write(WriteCall.from_wire(call.to_wire(), memoryview(call.body)))
+        reply = await write(host, WriteCall.from_wire(call.to_wire(), memoryview(call.body)))
         assert reply.position == Position(1, 3)
 
         frame = b"?" + vector(1.2).tobytes()  # a body that is aligned for nothing
@@ -114,7 +115,7 @@ def test_a_server_without_the_shard_says_so(tmp_path):
         with pytest.raises(Unavailable, match="no replica of shard 7"):
             await host.count(CountCall(collection=SCHEMA.id, shard=other))
         with pytest.raises(NotPrimary):
-            await host.write(upsert(1, {"a": 1}))
+            await write(host, upsert(1, {"a": 1}))
         await host.close_all()
 
     run(scenario())
@@ -152,7 +153,7 @@ def test_reports_of_primary_and_follower_agree(tmp_path):
         shard = await Shard(tmp_path).create()
         leader, follower = await opened(shard), await opened(shard)
         await leader.promote(NAME)
-        await leader.write(upsert(1, {"a": 1}))
+        await write(leader, upsert(1, {"a": 1}))
         follower.wake(NAME)
         await asyncio.sleep(0.1)
         led_report, report = leader.reports()[0], follower.reports()[0]
@@ -181,7 +182,7 @@ def test_a_newer_schema_reaches_an_open_replica(tmp_path):
 def test_a_search_in_a_thread_claims_only_what_it_saw(tmp_path, monkeypatch):
     async def scenario():
         host = await led(tmp_path)
-        await host.write(upsert(1, {"a": 1}))
+        await write(host, upsert(1, {"a": 1}))
         monkeypatch.setattr("shoal_cluster.shard.search_queue.INLINE_ROWS_MAX", 0)
 
         class Slow:
@@ -189,7 +190,7 @@ def test_a_search_in_a_thread_claims_only_what_it_saw(tmp_path, monkeypatch):
                 return asyncio.ensure_future(self.work_late(work))
 
             async def work_late(self, work):
-                await host.write(upsert(2, {"b": 1}))  # lands while the search is under way
+                await write(host, upsert(2, {"b": 1}))  # lands while the search is under way
                 return work()
 
         monkeypatch.setattr(host._queue, "_compute", Slow())

@@ -19,7 +19,7 @@ from shoal_cluster.shard.calls import (
 )
 from shoal_cluster.shard.host import ShardHost, require_ids_fit
 from shoal_protos.frames import FrameType, encode_frame
-from tests.unit.shard.nodes import DIMENSION, SCHEMA, SHARD, Shard, run, tail, vector
+from tests.unit.shard.nodes import DIMENSION, SCHEMA, SHARD, Shard, run, tail, vector, write
 from tests.unit.shard.test_host import NAME, opened
 
 LARGE = 250_000
@@ -33,7 +33,8 @@ async def with_large_rows(tmp_path: Path, names: list[bytes] = NAMES) -> ShardHo
     await host.promote(NAME)
     for no, start in enumerate(range(0, len(names), 26), start=1):
         some = names[start : start + 26]
-        await host.write(
+        await write(
+            host,
             WriteCall(
                 **WHERE,
                 client_id="client",
@@ -42,7 +43,7 @@ async def with_large_rows(tmp_path: Path, names: list[bytes] = NAMES) -> ShardHo
                 ids=some,
                 tails=[tail(size=start + i, payload=b"x" * LARGE) for i in range(len(some))],
                 body=np.ones((len(some), DIMENSION), np.float32).tobytes(),
-            )
+            ),
         )
     return host
 

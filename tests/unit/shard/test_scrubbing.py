@@ -32,6 +32,7 @@ from tests.unit.shard.nodes import (
     run,
     upsert,
     vector,
+    write,
 )
 
 NAME = (SCHEMA.id, SHARD)
@@ -70,7 +71,7 @@ class Served:
         return self.hosted.replica
 
     async def write(self, call) -> None:
-        await self.host.write(call)
+        await write(self.host, call)
 
     def points(self) -> dict[str, float]:
         return points_of(self.replica)
@@ -192,7 +193,7 @@ def test_damaged_rows_put_the_replica_in_quarantine(tmp_path, name):
             served.host.search(
                 SearchCall(collection=SCHEMA.id, shard=SHARD, k=3), vector(1).tobytes()
             ),
-            served.host.write(upsert(9, {"late": 1})),
+            served.write(upsert(9, {"late": 1})),
             served.host.promote(NAME),
         ):
             with pytest.raises(Unavailable):
@@ -448,7 +449,7 @@ def test_a_patch_does_not_write_damaged_bytes_again(tmp_path):
     async def test(served: Served) -> None:
         served.damage(served.file(layout.VECTORS).key, layout.HEADER_BYTES + 16 * 5)
         with pytest.raises(Corrupt, match="row 5"):
-            await served.host.write(patch(8, {"p005": {"color": "blue"}}))
+            await served.write(patch(8, {"p005": {"color": "blue"}}))
         assert not served.hosted.primary.serving and served.replica.suspected
         await served.host.scrubber.visit_due()
         assert served.host.reports()[0].state is ReplicaState.FAILED
