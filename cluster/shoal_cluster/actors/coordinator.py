@@ -18,7 +18,7 @@ from shoal_cluster.actors.configuration import (
     NAMESPACE,
     ClusterConfiguration,
 )
-from shoal_cluster.actors.process import lane_socket_path, make_pool
+from shoal_cluster.actors.process import lane_socket_path, make_pool, spare_collector
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import Indeterminate, NotFound, Outcome, ShoalError, Unavailable
@@ -241,5 +241,6 @@ class Coordinator:
         )
         # Until the first topology arrives every request would only wait.
         await server.set_serving(self._board.current().version > 0)
+        spare_collector()
         _log.info("coordinator_started", address=server.address)
         return server

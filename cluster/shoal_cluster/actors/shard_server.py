@@ -15,7 +15,7 @@ import structlog
 from shoal_cluster.actors.builder import RayBuilds
 from shoal_cluster.actors.configuration import ClusterConfiguration
 from shoal_cluster.actors.feed import PUSH, WAKE, FollowerFeed
-from shoal_cluster.actors.process import make_pool, start_listener
+from shoal_cluster.actors.process import make_pool, spare_collector, start_listener
 from shoal_cluster.bucket.local import end_process
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
@@ -121,6 +121,7 @@ class ShardServer:
                 REPORT: self._report,
             },
         )
+        spare_collector()
         _log.info("shard_server_started", address=self._address, incarnation=self._incarnation)
 
     async def describe(self) -> tuple[str, str]:
