@@ -50,6 +50,11 @@ FLAT_DIMENSION_MIN: Final = 8
 TRAINING_ROWS_MAX: Final = 16 * 256
 """FAISS's own sampling bound (256 points a centroid, 16 centroids); more does not move recall."""
 
+TRAINING_ROUNDS: Final = 10
+"""Of k-means; FAISS's own 25 take 0.55 s at 384-d where ten take 0.22, most of what a segment of
+4,096 rows costs to build. Measured at 64-d to 384-d and 4,096 to 60,000 rows, three seeds each:
+recall@10 at depth 100 differs by less than 0.002, as it does from seed to seed."""
+
 WIDE_DIMENSION_MIN: Final = 256
 """From here 4 dimensions share a 4-bit code, else 2. Measured at 384-d, 8,000 rows, recall 0.98:
 PQ96 at factor 8 takes 56 µs, PQ192 at factor 2 takes 77 µs, and PQ96 builds in half the time."""
@@ -196,6 +201,7 @@ def train_fast_scan(vectors: Vectors, metric: Metric, seed: int) -> faiss.IndexI
         padded, f"IVF1,PQ{padded // per_code}x4fs", faiss_metric(metric)
     )
     codes.pq.cp.seed = seed & 0x7FFF_FFFF  # FAISS holds it in a C int
+    codes.pq.cp.niter = TRAINING_ROUNDS
     sample = np.random.default_rng(seed).permutation(count)[:TRAINING_ROWS_MAX]
     codes.train(_padded_to(vectors[np.sort(sample)], padded))
     for start in range(0, count, ADD_BLOCK_ROWS):
