@@ -31,6 +31,7 @@ from shoal_cluster.domain.errors import (
 )
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.session import Position
+from shoal_cluster.filtering.attributes import keyword_bytes
 from shoal_cluster.shard.calls import WriteCall, WriteFate, WriteReply
 from shoal_cluster.shard.composition import Composition
 from shoal_cluster.shard.damage import Damage
@@ -44,7 +45,8 @@ _log = structlog.get_logger()
 
 IDLE_PROBE_S = 2.0
 """An idle primary looks at its next slot this often, so that a fenced one notices by itself."""
-_RETRY_AFTER_MS = 100
+_SEAL_RETRY_MS = 100
+_DRAIN_RETRY_MS_MIN, _DRAIN_RETRY_MS_MAX = 20, 5000
 _REQUEST_OVERHEAD_BYTES = 64
 
 
@@ -118,6 +120,7 @@ class Primary:
         self._sealer = Sealer(replica, epoch, publisher, on_lost=self._lose, on_idle=self._wake.set)
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
+        self._append_s = 0.0
         self._settled = asyncio.Event()
         self._settled.set()
         self._appending: Slot | None = None
@@ -165,7 +168,7 @@ class Primary:
         self._admit()
         fates = _Fates(len(calls))
         for index, call in enumerate(calls):
-            size_bytes = call.size_bytes + _REQUEST_OVERHEAD_BYTES
+            size_bytes = self._size_of(call)
             self._queue.append(_Queued(call, size_bytes, fates, index))
             self._queued_bytes += size_bytes
         self._wake.set()
@@ -188,6 +191,10 @@ class Primary:
             return
         self._lose(f"slot {record.slot} was taken by epoch {record.epoch}")
 
+    @staticmethod
+    def _size_of(call: WriteCall) -> int:
+        return call.size_bytes + sum(map(keyword_bytes, call.patches)) + _REQUEST_OVERHEAD_BYTES
+
     def _admit(self) -> None:
         shard = self._replica.keys.shard
         if self._sealer.behind and self._is_full():
@@ -197,14 +204,14 @@ class Primary:
                 f"for a segment to be built{f' ({failing})' if failing else ''}; nothing was "
                 "applied",
                 limit=f"{limits.MEMTABLE_OPERATIONS_MAX} rows or {limits.MEMTABLE_BYTES_MAX} bytes",
-                retry_after_ms=_RETRY_AFTER_MS,
+                retry_after_ms=_SEAL_RETRY_MS,
             )
         if self._queued_bytes >= limits.WAL_QUEUE_BYTES_MAX:
             raise Overloaded(
                 f"shard {shard} has {self._queued_bytes} bytes of writes queued; nothing was "
                 "applied",
                 limit=f"{limits.WAL_QUEUE_BYTES_MAX} bytes",
-                retry_after_ms=_RETRY_AFTER_MS,
+                retry_after_ms=self._drain_ms(),
             )
 
     def _is_full(self) -> bool:
@@ -222,6 +229,12 @@ class Primary:
             or operations >= 2 * limits.MEMTABLE_OPERATIONS_MAX
             or size_bytes >= 2 * limits.MEMTABLE_BYTES_MAX
         )
+
+    def _drain_ms(self) -> int:
+        """Returns how long half of the queue takes to drain, at the pace of the last append."""
+        appends = max(1.0, self._queued_bytes / (2 * limits.WAL_RECORD_BYTES_MAX))
+        drain_ms = round(1000 * self._append_s * appends)
+        return min(max(drain_ms, _DRAIN_RETRY_MS_MIN), _DRAIN_RETRY_MS_MAX)
 
     async def _run(self) -> None:
         try:
@@ -347,6 +360,7 @@ class Primary:
             )
             return False
         replica.mark_at_tail(started_s)
+        self._append_s = replica.ports.clock.monotonic_s() - started_s
         self.appends += 1
         self.operations += len(record.batch)
         self._publisher.record(record.slot, body)

@@ -5,8 +5,10 @@ import asyncio
 import numpy as np
 import pytest
 
+from shoal_cluster.bucket.memory import MemoryStore
+from shoal_cluster.bucket.store import PutOutcome
 from shoal_cluster.domain import limits
-from shoal_cluster.domain.errors import InvalidRequest, Outcome
+from shoal_cluster.domain.errors import InvalidRequest, Outcome, Overloaded
 from shoal_cluster.domain.ids import Epoch, Seq, Slot
 from shoal_cluster.domain.point import NO_PROVENANCE, encode_tail
 from shoal_cluster.filtering.attributes import ATTRIBUTE_BYTES_MAX
@@ -165,6 +167,92 @@ def test_requests_that_do_not_fit_one_record_go_into_the_next_in_their_order(tmp
         records = [body for key, body in shard.objects.items() if key.startswith(KEYS.wal)]
         assert max(map(len, records)) <= limits.WAL_RECORD_BYTES_MAX
         assert max(map(len, records)) > limits.WAL_RECORD_BYTES_MAX // 2
+        await node.crash()
+
+    run(scenario())
+
+
+class SlowBucket(MemoryStore):
+    """A bucket whose appends take as long as `append_s` says."""
+
+    append_s = 0.0
+
+    async def create(self, key: str, body: bytes) -> PutOutcome:
+        if key.startswith(KEYS.wal):
+            await asyncio.sleep(self.append_s)
+        return await super().create(key, body)
+
+
+@pytest.mark.parametrize(
+    ("append_s", "retry_after_ms"), [(0.0, 20), (0.3, 600), (1.0, 2000), (60.0, 5000)]
+)
+def test_a_full_queue_refuses_more_and_says_when_half_of_it_will_have_drained(
+    tmp_path, monkeypatch, append_s, retry_after_ms
+):
+    monkeypatch.setattr(limits, "WAL_QUEUE_BYTES_MAX", 64_000)
+    monkeypatch.setattr(limits, "WAL_RECORD_BYTES_MAX", 16_000)
+
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        bucket = SlowBucket(shard.objects)
+        node = await shard.node(store=bucket).load()
+        await node.promote()
+        bucket.append_s = append_s
+        await node.write(upsert(1, {"first": 1}))
+        row = [large(10 + i, [f"p{i:02}"], 999 - 30) for i in range(64)]
+        size_bytes = node.primary._size_of(row[0])
+        row = row[: -(-64_000 // size_bytes)]
+        writing = [asyncio.ensure_future(node.write(call)) for call in row]
+        await asyncio.sleep(0)  # all are queued, none is composed
+        with pytest.raises(Overloaded, match="bytes of writes queued; nothing was") as refused:
+            await node.write(upsert(2, {"late": 1}))
+        assert refused.value.limit == "64000 bytes"
+        assert refused.value.retry_after_ms == pytest.approx(retry_after_ms, rel=0.02)
+        await asyncio.gather(*writing)
+        await node.write(upsert(2, {"late": 1}))
+        assert node.replica.state.live == len(row) + 2
+        await node.crash()
+
+    run(scenario())
+
+
+def test_what_patches_say_counts_in_the_queue(tmp_path):
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        words = {"color": "c" * 1000}
+        call = patch(1, {f"p{i}": words for i in range(50)})
+        assert node.primary._size_of(call) > 50_000
+        await node.crash()
+
+    run(scenario())
+
+
+def test_a_memtable_full_in_bytes_slows_writers_while_it_is_sealed(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "MEMTABLE_BYTES_MAX", 20_000)
+    monkeypatch.setattr("shoal_cluster.shard.sealing.SEAL_BYTES", 5_000)
+
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        release = asyncio.Event()
+        build = node.ports.builds.build
+
+        async def slow_build(order):
+            await release.wait()
+            return await build(order)
+
+        monkeypatch.setattr(node.ports.builds, "build", slow_build)
+        taken = 0
+        with pytest.raises(Overloaded, match="wait for a segment to be built") as refused:
+            for number in range(1, 60):
+                await node.write(large(number, [f"p{number}"], 1000))
+                taken = number
+        assert "20000 bytes" in refused.value.limit
+        assert refused.value.retry_after_ms > 0
+        assert 20 <= taken <= 30, "a sealed part of 5 kB, and 20 kB that wait"
+        release.set()
+        await node.settle()
+        await node.write(large(taken + 1, [f"p{taken + 1}"], 1000))
+        assert node.replica.state.live == taken + 1
         await node.crash()
 
     run(scenario())
