@@ -1,5 +1,7 @@
 """Objects of format version 1 stay readable, and are still written the same."""
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import msgpack
@@ -7,12 +9,19 @@ import numpy as np
 import pytest
 
 from shoal_cluster.bucket.envelope import EnvelopeKind, decode
+from shoal_cluster.bucket.identity import open_identity
+from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.control.catalog import Catalog
+from shoal_cluster.domain.clock import SystemClock
+from shoal_cluster.domain.errors import Corrupt
+from shoal_cluster.domain.ids import SystemIdGenerator
+from shoal_cluster.domain.keys import CLUSTER_KEY
 from shoal_cluster.domain.point import SUM_MODULUS, decode_tail, row_hash
 from shoal_cluster.filtering.expression import AnyOf, Comparison, Exists, Operator, matches
 from shoal_cluster.manifest.commit import decode_manifest
 from shoal_cluster.manifest.version_log import Version
 from shoal_cluster.segment.deletes import decode_tombstones
+from shoal_cluster.segment.format import REQUIRED_FILES
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.wal.record import WalRecord, decode_record
 from tests.format import values
@@ -22,9 +31,23 @@ COMPRESSED = {"segment-payload"}
 SEGMENT_FILES = ("vectors", "ids", "payload", "attributes", "meta")
 
 
+def kinds_of(name: str) -> list[EnvelopeKind]:
+    kinds = []
+    for kind in EnvelopeKind:
+        with contextlib.suppress(Corrupt):
+            decode(values.stored(name), kind, key=name)
+            kinds.append(kind)
+    return kinds
+
+
 def test_every_kind_of_object_is_here():
+    enveloped = {kind for name in NAMES for kind in kinds_of(name)}
+    # A probe's objects are read by the process that wrote them, at once, and by nobody else.
+    assert enveloped == set(EnvelopeKind) - {EnvelopeKind.PROBE}
+    assert set(SEGMENT_FILES) == set(REQUIRED_FILES)
     assert set(NAMES) == {
-        *("wal-fence", "wal-data", "manifest", "manifest-floor", "catalog", "tombstones"),
+        *("wal-fence", "wal-data", "manifest", "manifest-floor", "catalog", "catalog-floor"),
+        *("cluster", "tombstones"),
         *(f"segment-{name}" for name in SEGMENT_FILES),
     }
 
@@ -76,12 +99,22 @@ def test_the_manifest_reads_as_it_was_written():
     assert decode_manifest(version, key="manifest") == values.MANIFEST
 
 
-def test_the_floor_marker_and_the_catalog_read_as_they_were_written():
+def test_the_floor_markers_and_the_catalog_read_as_they_were_written():
     marker = decode(values.stored("manifest-floor"), EnvelopeKind.MANIFEST_FLOOR, key="floor")
+    assert marker.header["floor"] == 1
+    marker = decode(values.stored("catalog-floor"), EnvelopeKind.CATALOG_FLOOR, key="floor")
     assert marker.header["floor"] == 1
     envelope = decode(values.stored("catalog"), EnvelopeKind.CATALOG, key="catalog")
     assert (envelope.header["version"], envelope.header["put_id"]) == (5, values.CATALOG_PUT_ID)
     assert Catalog.from_wire(msgpack.unpackb(envelope.payload)) == values.CATALOG
+
+
+def test_the_clusters_identity_reads_as_it_was_written():
+    store = MemoryStore({CLUSTER_KEY: values.stored("cluster")})
+    opening = open_identity(store, store, clock=SystemClock(), ids=SystemIdGenerator())
+    identity = asyncio.run(opening)
+    assert identity.cluster_uuid == values.CLUSTER_UUID
+    assert identity.conformance == values.CONFORMANCE
 
 
 def test_the_tombstones_read_as_they_were_written():

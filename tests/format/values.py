@@ -12,6 +12,7 @@ import numpy as np
 from pyroaring import BitMap
 
 from shoal_cluster.bucket.envelope import EnvelopeKind, encode
+from shoal_cluster.bucket.identity import encode_identity
 from shoal_cluster.control.catalog import Catalog, CollectionRecord
 from shoal_cluster.domain.ids import (
     CollectionId,
@@ -163,6 +164,8 @@ MANIFEST = Manifest(
     schema_version=3,
     sum=0xFEDCBA9876543210,
 )
+CLUSTER_UUID = b"the cluster uuid"
+CONFORMANCE = {"create_race": [1, 7], "list_lag_ms": 0.5, "store": "local"}
 CATALOG_PUT_ID = b"catalog-5 put id"
 CATALOG = Catalog(
     collections={
@@ -189,6 +192,8 @@ def encoded() -> dict[str, bytes]:
         ),
         "manifest-floor": encode(EnvelopeKind.MANIFEST_FLOOR, floor_header),
         "catalog": encode(EnvelopeKind.CATALOG, catalog_header, msgpack.packb(CATALOG.to_wire())),
+        "catalog-floor": encode(EnvelopeKind.CATALOG_FLOOR, floor_header),
+        "cluster": encode_identity(b"cluster put id..", CLUSTER_UUID, CONFORMANCE),
         "tombstones": encode_tombstones(8, DEAD),
     }
     with tempfile.TemporaryDirectory() as folder:

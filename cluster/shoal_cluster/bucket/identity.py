@@ -52,11 +52,16 @@ async def open_identity(
     return BucketIdentity(cluster_uuid=header["cluster_uuid"], conformance=header["conformance"])
 
 
+def encode_identity(put_id: bytes, cluster_uuid: bytes, conformance: dict[str, Any]) -> bytes:
+    """Returns the `cluster` object's bytes."""
+    header = {"put_id": put_id, "cluster_uuid": cluster_uuid, "conformance": conformance}
+    return encode(EnvelopeKind.CLUSTER, header)
+
+
 async def _create(store: Store, second: Store, *, clock: Clock, ids: IdGenerator) -> bytes:
     found = await probe(store, second, clock=clock, ids=ids)
     put_id = ids.put_id()
-    header = {"put_id": put_id, "cluster_uuid": ids.put_id(), "conformance": found}
-    body = encode(EnvelopeKind.CLUSTER, header)
+    body = encode_identity(put_id, ids.put_id(), found)
     other = await create(
         store,
         CLUSTER_KEY,

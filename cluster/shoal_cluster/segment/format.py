@@ -16,7 +16,7 @@ from typing import BinaryIO, Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from shoal_cluster.domain.errors import Corrupt, Unavailable
+from shoal_cluster.domain.errors import Conflict, Corrupt, Unavailable
 
 FORMAT_VERSION: Final = 1
 ALIGNMENT: Final = 64
@@ -140,11 +140,17 @@ class MappedFile:
     def numbers(self, magic: bytes) -> tuple[int, ...]:
         """Returns the six numbers of the header.
 
-        Raises: Corrupt when the file is another kind, another version or shorter than a header.
+        Raises: Corrupt when the file is another kind or shorter than a header; Conflict when a
+        newer Shoal wrote it.
         """
         if self.contents.nbytes < HEADER_BYTES:
             raise Corrupt(f"segment file {self.name} has {self.contents.nbytes} bytes, no header")
         found, version, _, *numbers = _HEADER.unpack_from(self.contents)
+        if found == magic and version > FORMAT_VERSION:
+            raise Conflict(
+                f"segment file {self.name} has format {version}, this server reads up to "
+                f"{FORMAT_VERSION}; upgrade the server"
+            )
         if found != magic or version != FORMAT_VERSION:
             raise Corrupt(
                 f"segment file {self.name} starts with {found!r} version {version}, "

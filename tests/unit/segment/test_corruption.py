@@ -144,3 +144,16 @@ def test_a_newer_format_is_told_from_damage(
 
     with pytest.raises(Conflict, match="upgrade the server"):
         SegmentReader.open("one", paths, SCHEMA)
+
+
+@pytest.mark.parametrize("name", ["vectors", "ids", "payload"])
+def test_a_newer_format_of_one_file_is_told_from_damage(
+    pristine: BuiltSegment, tmp_path: Path, name: str
+) -> None:
+    paths = copied(pristine, tmp_path)
+    body = bytearray(paths[name].read_bytes())
+    body[8:12] = (2).to_bytes(4, "little")
+    paths[name].write_bytes(body)
+
+    with pytest.raises(Conflict, match="format 2, this server reads up to 1; upgrade the server"):
+        SegmentReader.open("one", paths, SCHEMA)
