@@ -36,11 +36,18 @@ class MemtableView:
 
 
 class Memtable:
-    """Invariant T-1: at most one live row an id; `touched` names every id an operation named."""
+    """Invariant T-1: at most one live row an id; `touched` names every id an operation named.
 
-    def __init__(self, schema: CollectionSchema, start_slot: Slot) -> None:
+    empty_from: between it and start_slot lie slots without operations, as a patch of points that
+    are not there leaves one; a manifest may cut the log anywhere among them.
+    """
+
+    def __init__(
+        self, schema: CollectionSchema, start_slot: Slot, empty_from: Slot | None = None
+    ) -> None:
         self.schema = schema
         self.start_slot = start_slot
+        self.empty_from = start_slot if empty_from is None else empty_from
         self.ids: list[bytes] = []
         self.tails: list[bytes] = []
         self.seqs: list[int] = []

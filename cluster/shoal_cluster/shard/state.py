@@ -198,7 +198,9 @@ class ShardState:
         floor = manifest.floor_slot
         if floor >= self.slot:
             return True
-        return any(memtable.start_slot == floor + 1 for memtable in self.memtables)
+        return any(
+            memtable.empty_from <= floor + 1 <= memtable.start_slot for memtable in self.memtables
+        )
 
     def install(self, manifest: Manifest, views: Sequence[SegmentView]) -> None:
         """Replaces the sealed part of the state by a manifest's.
@@ -265,9 +267,10 @@ class ShardState:
         return None
 
     def _start_memtable(self, start: Slot) -> None:
+        empty_from = None
         if self.active.operations == 0:
-            self.memtables.pop()
-        self.memtables.append(Memtable(self.schema, start))
+            empty_from = self.memtables.pop().empty_from
+        self.memtables.append(Memtable(self.schema, start, empty_from))
         self._snapshot = None
 
     def _apply_operations(self, record: WalRecord) -> None:

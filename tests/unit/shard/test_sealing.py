@@ -332,6 +332,46 @@ def test_rows_that_die_while_they_are_merged_stay_dead(tmp_path, monkeypatch):
     run(scenario())
 
 
+def test_a_merge_is_committed_though_an_empty_slot_was_frozen_meanwhile(tmp_path, monkeypatch):
+    """A patch of nothing takes a slot and leaves no operation. The seal that follows freezes an
+    empty memtable, and a merge under way commits a floor that lies before that slot."""
+
+    async def scenario():
+        monkeypatch.setattr(limits, "COMPACTION_FAN_IN", 3)
+        shard = await Shard(tmp_path).create()
+        node = await shard.lead()
+        await sealed_in_turns(node, 2)
+        await node.write(upsert(3, {f"2-{number}": number for number in range(4)}))
+        sealing_may_go, merging_may_go = asyncio.Event(), asyncio.Event()
+        sealing_may_go.set()
+        build = node.ports.builds.build
+
+        async def held(order):
+            entry = await build(order)
+            await (merging_may_go if order.sources else sealing_may_go).wait()
+            return entry
+
+        monkeypatch.setattr(node.ports.builds, "build", held)
+        sealer = node.primary._sealer
+        sealer.start()
+        await sealer._seal
+        assert sealer.compacting, "three segments: a merge begins, and waits"
+        sealing_may_go.clear()
+        await node.write(patch(4, {"nobody": {"size": 1}}))
+        sealer.start()
+        await node.write(upsert(5, {"late": 5}))
+        merging_may_go.set()
+        await sealer._compaction
+        assert len(node.replica.manifest.segments) == 1
+        sealing_may_go.set()
+        await node.settle()
+        assert node.primary.serving
+        assert len(points_of(node.replica)) == 13
+        await node.crash()
+
+    run(scenario())
+
+
 def test_a_retried_request_is_recognised_after_its_record_was_sealed(tmp_path):
     async def scenario():
         shard = await Shard(tmp_path).create()
