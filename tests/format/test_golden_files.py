@@ -23,6 +23,7 @@ from shoal_cluster.manifest.version_log import Version
 from shoal_cluster.segment.deletes import decode_tombstones
 from shoal_cluster.segment.format import REQUIRED_FILES
 from shoal_cluster.segment.reader import SegmentReader
+from shoal_cluster.shard.deletions import decode_deletion
 from shoal_cluster.wal.record import WalRecord, decode_record
 from tests.format import values
 
@@ -47,7 +48,7 @@ def test_every_kind_of_object_is_here():
     assert set(SEGMENT_FILES) == set(REQUIRED_FILES)
     assert set(NAMES) == {
         *("wal-fence", "wal-data", "manifest", "manifest-floor", "catalog", "catalog-floor"),
-        *("cluster", "tombstones"),
+        *("cluster", "tombstones", "deletion"),
         *(f"segment-{name}" for name in SEGMENT_FILES),
     }
 
@@ -97,6 +98,11 @@ def test_the_manifest_reads_as_it_was_written():
         fields=msgpack.unpackb(envelope.payload),
     )
     assert decode_manifest(version, key="manifest") == values.MANIFEST
+
+
+def test_the_journal_of_deletions_reads_as_it_was_written():
+    body = values.stored("deletion")
+    assert decode_deletion(body, values.KEYS, key="deletion") == values.DELETION
 
 
 def test_the_floor_markers_and_the_catalog_read_as_they_were_written():

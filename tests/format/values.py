@@ -35,6 +35,7 @@ from shoal_cluster.domain.schema import (
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
 from shoal_cluster.segment.deletes import encode_tombstones
+from shoal_cluster.shard.deletions import Deletion, encode_deletion
 from shoal_cluster.wal.record import (
     EMPTY_BATCH,
     FIRST_PUT_ID,
@@ -177,6 +178,17 @@ CATALOG = Catalog(
     dropped=(CollectionId("f" * 32),),
 )
 
+DELETION = Deletion(
+    epoch=Epoch(2),
+    manifest_version=9,
+    manifest_put_id=b"manifest 9 put..",
+    floor_slot=7,
+    wall_ms=1_700_000_000_000,
+    segment_objects=("seg/gone/ids", "seg/gone/vectors"),
+    slots=((1, 3), (5, 7)),
+    versions=((0, 1),),
+)
+
 
 def encoded() -> dict[str, bytes]:
     """Returns name → bytes, as this version of the code writes them."""
@@ -195,6 +207,7 @@ def encoded() -> dict[str, bytes]:
         "catalog-floor": encode(EnvelopeKind.CATALOG_FLOOR, floor_header),
         "cluster": encode_identity(b"cluster put id..", CLUSTER_UUID, CONFORMANCE),
         "tombstones": encode_tombstones(8, DEAD),
+        "deletion": encode_deletion(DELETION, KEYS, b"deletion put id."),
     }
     with tempfile.TemporaryDirectory() as folder:
         built = build_segment(ROWS, SCHEMA, Path(folder), seed=0)

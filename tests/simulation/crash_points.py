@@ -26,6 +26,8 @@ PRIMITIVES = frozenset({"create", "create_file_once", "attempt", "read_back"})
 OUT_OF_REACH: Mapping[tuple[str, str], str] = {
     ("control/catalog.py", "read"): "asked by bootstrap.py before a cluster runs",
     ("shard/segment_files.py", "_require_present"): "only for files that fail their checksum",
+    ("shard/garbage_survey.py", "*"): "`shoal check` looks at a bucket that nobody serves",
+    ("shard/deletions.py", "read_deletions"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/checking.py", "*"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/segment_checking.py", "*"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/scrubbing.py", "*"): "the scrubber only reads; it is not part of the simulation yet",

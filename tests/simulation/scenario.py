@@ -290,7 +290,7 @@ class _Run:
 def _scaled_limits(rng: random.Random, *, hurried: bool) -> Iterator[None]:
     """Makes everything that is bounded small, for the run; as small as can be when `hurried`."""
     from shoal_cluster.control import catalog
-    from shoal_cluster.shard import garbage, sealing
+    from shoal_cluster.shard import deletions, garbage, sealing
 
     seal = 6 if hurried else rng.choice((6, 15, 40))
     scaled: list[tuple[Any, str, float]] = [
@@ -302,6 +302,7 @@ def _scaled_limits(rng: random.Random, *, hurried: bool) -> Iterator[None]:
         (sealing, "SEAL_SLOTS", rng.choice((10, 100))),
         (garbage, "GRACE_S", 0.0 if hurried else rng.choice((0.0, 2.0))),
         (garbage, "ROUND_S", 0.3 if hurried else rng.choice((0.5, 5.0))),
+        (deletions, "ENTRIES_KEPT", 3),
         (garbage, "MANIFESTS_KEPT", 1 if hurried else rng.choice((1, 3))),
         (catalog, "VERSIONS_KEPT", rng.choice((2, 20))),
     ]

@@ -46,6 +46,7 @@ class EnvelopeKind(enum.IntEnum):
     PROBE = 7
     SEGMENT_META = 8
     TOMBSTONES = 9
+    DELETION = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@
                             /man/{version}      manifests, contiguous from 0
                             /floor/{version}    markers: versions at or below are being deleted
                             /seg/{segment}/{file}
+                            /gc/{epoch}-{number}   what garbage collection deleted, and why
 
 Numbers are zero-padded to 20 digits. Nothing depends on the order of a listing.
 """
@@ -79,6 +80,10 @@ class ShardKeys:
     @property
     def segments(self) -> str:
         return f"{self.prefix}seg/"
+
+    @property
+    def deletions(self) -> str:
+        return f"{self.prefix}gc/"
 
     def slot(self, slot: Slot) -> str:
         return f"{self.wal}{padded(slot)}"

@@ -32,6 +32,7 @@ from shoal_cluster.manifest.invariants import step_violations
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.manifest.version_log import Version, VersionLog
 from shoal_cluster.shard.compute import InlineCompute
+from shoal_cluster.shard.deletions import decode_deletion
 from shoal_cluster.shard.segment_checking import (
     Problem,
     check_segment,
@@ -239,6 +240,7 @@ class _Check:
         views = None
         if newest is not None and schema is not None and known:
             views = await self._check_segments(newest, schema)
+        await self._check_deletions(keys, found)
         log = await self._check_log(keys, found, newest if known else None)
         if newest is None or not known:
             return
@@ -292,6 +294,15 @@ class _Check:
             self._count()
         for segment, count in loose.items():
             self.notes.append(f"{keys.segments}{segment}/ has {count} objects that nothing lists")
+
+    async def _check_deletions(self, keys: ShardKeys, found: list[str]) -> None:
+        for key in sorted(key for key in found if key.startswith(keys.deletions)):
+            body = await self._body(key)
+            try:
+                if body is not None:
+                    decode_deletion(body, keys, key=key)
+            except Corrupt as error:
+                self._report(key, "B-4", error.message)
 
     async def _check_file(self, file: FileEntry) -> None:
         digest = hashlib.sha256()

@@ -8,8 +8,8 @@ Runs in the primary, beside sealing, on positive evidence only (docs/design/prot
 3. a log object may go when its slot is at or below the manifest's floor and it holds data. Fences
    stay for ever: they are what stops a primary that slept through several takeovers.
 4. manifests below the newest few go after a floor marker says so (manifest/version_log.py).
-5. what was found is deleted only after GRACE_S, ascending, and each deletion is logged with the
-   version that justified it.
+5. what was found is deleted only after GRACE_S, ascending, and after the journal (deletions.py)
+   names each object, with the manifest that justified it. On a full disk the journal comes after.
 
 Invariants:
 G-1 nothing that the newest manifest lists is deleted.
@@ -19,7 +19,7 @@ meet a missing one read the newest manifest.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -28,6 +28,7 @@ from shoal_cluster.domain.errors import Corrupt, Unavailable
 from shoal_cluster.domain.ids import Epoch, SegmentId, Slot
 from shoal_cluster.domain.keys import ShardKeys, epoch_of_segment, number_of
 from shoal_cluster.manifest.manifest import Manifest
+from shoal_cluster.shard.deletions import Deletion, DeletionJournal, runs
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.wal.record import RecordKind
 
@@ -48,11 +49,14 @@ FENCE_BYTES_MAX = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Garbage:
-    """What may be deleted, and the manifest version that says so."""
+    """What may be deleted, and the manifest that says so. versions: superseded manifests."""
 
     manifest_version: int
+    manifest_put_id: bytes
+    floor_slot: Slot
     segment_keys: tuple[str, ...]
     wal_keys: tuple[str, ...]
+    versions: tuple[int, ...] = ()
 
 
 def plan_garbage(
@@ -88,6 +92,8 @@ def plan_garbage(
     )
     return Garbage(
         manifest_version=manifest.version,
+        manifest_put_id=manifest.put_id,
+        floor_slot=manifest.floor_slot,
         segment_keys=tuple(sorted(loose)),
         wal_keys=tuple(
             entry.key
@@ -95,6 +101,20 @@ def plan_garbage(
             if entry.size_bytes > FENCE_BYTES_MAX or not is_fence(entry.key)
         ),
     )
+
+
+def may_be_fences(wal: Iterable[ObjectEntry], manifest: Manifest) -> list[str]:
+    """Returns the log objects at or below the floor that must be read to see what they are."""
+    return sorted(
+        entry.key
+        for entry in wal
+        if entry.size_bytes <= FENCE_BYTES_MAX and number_of(entry.key) <= manifest.floor_slot
+    )
+
+
+def superseded(versions: Iterable[int], newest: int) -> tuple[int, ...]:
+    """Returns those of the manifest `versions` that are no longer kept beside `newest`."""
+    return tuple(version for version in versions if version <= newest - MANIFESTS_KEPT)
 
 
 class GarbageCollector:
@@ -107,6 +127,8 @@ class GarbageCollector:
         self._fences: dict[str, bool] = {}
         self._last_s = float("-inf")
         self._behind = False
+        ports = replica.ports
+        self._journal = DeletionJournal(ports.store, replica.keys, epoch, ports.clock, ports.ids)
         self.deleted = 0
 
     def due(self) -> bool:
@@ -125,16 +147,12 @@ class GarbageCollector:
         manifest = await replica.manifests.newest()
         if manifest is None or manifest.epoch != self._epoch:
             return None
-        small = {
-            entry.key
-            for entry in wal
-            if entry.size_bytes <= FENCE_BYTES_MAX and number_of(entry.key) <= manifest.floor_slot
-        }
+        small = may_be_fences(wal, manifest)
         self._fences = {key: found for key, found in self._fences.items() if key in small}
-        for key in sorted(small):  # a set of text has another order in every process
+        for key in small:
             await self._learn(key)
         fences = self._fences
-        return plan_garbage(
+        found = plan_garbage(
             keys=keys,
             manifest=manifest,
             epoch=self._epoch,
@@ -142,6 +160,9 @@ class GarbageCollector:
             wal=wal,
             is_in_flight=is_in_flight,
             is_fence=lambda key: fences[key],
+        )
+        return replace(
+            found, versions=superseded(await replica.manifests.versions.numbers(), manifest.version)
         )
 
     async def collect(self, is_in_flight: Callable[[SegmentId], bool]) -> Sequence[str]:
@@ -159,24 +180,46 @@ class GarbageCollector:
         self._condemned_s = {key: self._condemned_s.get(key, now_s) for key in found}
         ripe = [key for key in found if now_s - self._condemned_s[key] >= GRACE_S]
         self._behind = len(ripe) > DELETIONS_MAX
-        for key in ripe[:DELETIONS_MAX]:
+        ripe = ripe[:DELETIONS_MAX]
+        if not ripe and not garbage.versions:
+            return ()
+        deletion = self._deletion(garbage, ripe)
+        journaled = await self._journal.write(deletion)
+        for key in ripe:
             await self._replica.ports.store.delete(key)
-        deleted = ripe[:DELETIONS_MAX]
-        keep_from = garbage.manifest_version - MANIFESTS_KEPT + 1
-        deleted += await self._replica.manifests.versions.collect(
-            keep_from, self._replica.ports.ids.put_id()
-        )
-        if deleted:
-            self.deleted += len(deleted)
-            _log.info(
-                "garbage_deleted",
-                shard=self._replica.keys.shard,
-                manifest_version=garbage.manifest_version,
-                objects=len(deleted),
-                first=deleted[0],
-                last=deleted[-1],
+        deleted = list(ripe)
+        if garbage.versions:
+            deleted += await self._replica.manifests.versions.collect(
+                garbage.versions[-1] + 1, self._replica.ports.ids.put_id()
             )
+        if not journaled and not await self._journal.write(deletion):
+            _log.warning("deleted_without_journal", shard=self._replica.keys.shard, keys=deleted)
+        self.deleted += len(deleted)
+        _log.info(
+            "garbage_deleted",
+            shard=self._replica.keys.shard,
+            manifest_version=garbage.manifest_version,
+            objects=len(deleted),
+            first=deleted[0],
+            last=deleted[-1],
+        )
         return deleted
+
+    def _deletion(self, garbage: Garbage, ripe: Sequence[str]) -> Deletion:
+        keys = self._replica.keys
+        wal = [key for key in ripe if key.startswith(keys.wal)]
+        return Deletion(
+            epoch=self._epoch,
+            manifest_version=garbage.manifest_version,
+            manifest_put_id=garbage.manifest_put_id,
+            floor_slot=garbage.floor_slot,
+            wall_ms=self._replica.ports.clock.wall_ms(),
+            segment_objects=tuple(
+                key.removeprefix(keys.prefix) for key in ripe if key.startswith(keys.segments)
+            ),
+            slots=runs(sorted(map(number_of, wal))),
+            versions=runs(garbage.versions),
+        )
 
     async def _learn(self, key: str) -> None:
         """Finds out whether a small log object is a fence: by reading it, checksum and all."""

@@ -87,7 +87,7 @@ def class_of(key: str, body: bytes) -> str:
         return key.rpartition("/")[2].partition("-")[0]
     if key.startswith(CATALOG_PREFIX):
         return "catalog" if "/v/" in key else "catalog floor"
-    for part, name in (("/man/", "manifest"), ("/floor/", "manifest floor")):
+    for part, name in (("/man/", "manifest"), ("/floor/", "manifest floor"), ("/gc/", "deletion")):
         if part in key:
             return name
     assert key == CLUSTER_KEY, key

@@ -11,11 +11,12 @@ from shoal_cluster.bucket.envelope import EnvelopeKind
 from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.control.catalog import Catalog, CatalogLog, CollectionRecord
 from shoal_cluster.domain.errors import Conflict
-from shoal_cluster.domain.ids import Slot
+from shoal_cluster.domain.ids import Epoch, Slot
 from shoal_cluster.domain.keys import CLUSTER_KEY
 from shoal_cluster.segment.build import build_segment
 from shoal_cluster.shard import building
 from shoal_cluster.shard.checking import CheckReport, check_bucket
+from shoal_cluster.shard.deletions import Deletion, DeletionJournal
 from tests.unit.shard.nodes import (
     CLUSTER_UUID,
     KEYS,
@@ -52,6 +53,17 @@ async def bucket_with_everything(scratch: Path) -> dict[str, bytes]:
     await node.write(upsert(5, {"s": 1, "p5": 9}))
     await node.write(delete(6, "p6"))
     assert len(points_of(node.replica)) == 23
+    journal = DeletionJournal(shard.bucket, KEYS, Epoch(2), LoopClock(), SeededIds(2))
+    await journal.write(
+        Deletion(
+            epoch=Epoch(2),
+            manifest_version=2,
+            manifest_put_id=bytes(16),
+            floor_slot=1,
+            wall_ms=0,
+            segment_objects=("seg/gone/vectors",),
+        )
+    )
     await node.crash()
     return shard.objects
 
