@@ -29,8 +29,8 @@ def ready_replicas(client: shoal.Client, server: str | None) -> int:
     )
 
 
-def replicas_agree(client: shoal.Client) -> bool:
-    (collection,) = client.status(COLLECTION).collections
+def replicas_agree(client: shoal.Client, name: str) -> bool:
+    (collection,) = client.status(name).collections
     return all(
         len(shard.replicas) == 2
         and len({(r.position.seq, r.set_checksum) for r in shard.replicas}) == 1

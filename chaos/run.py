@@ -1,10 +1,13 @@
 """`make chaos`: a real cluster under writes and searches, hurt on purpose, then checked.
 
-Each nemesis strikes, the load must go on, the cluster must heal; at the end everything is read
-strongly and compared with what was acknowledged. Exit status 1 on any violation.
+Each nemesis strikes, the load must go on, the cluster must heal. At the end everything is read
+strongly and compared with what was acknowledged; what other clients saw all the while goes before
+the checker of the simulation (tests/simulation/history.py); and the bucket of the stopped cluster
+is checked as `shoal check` does. Exit status 1 on any violation.
 """
 
 import argparse
+import asyncio
 import json
 import os
 import random
@@ -20,7 +23,11 @@ import numpy as np
 import shoal
 from chaos import cluster as clusters
 from chaos.observe import leading_server, pid_of, ready_replicas, replicas_agree
+from chaos.workloads import recorded
+from chaos.workloads.recorded import RecordedClients
 from chaos.workloads.upserts import COLLECTION, DIMENSION, Upserts
+from shoal_cluster.bucket.local import LocalStore
+from shoal_cluster.shard.checking import check_bucket
 
 SHARDS, REPLICAS = 4, 2
 HEAL_S = 60.0
@@ -96,10 +103,13 @@ def run(*, rounds: int, seed: int) -> dict[str, object]:
                 collection = client.create_collection(
                     COLLECTION, dimension=DIMENSION, shards=SHARDS, replicas=REPLICAS
                 )
+                RecordedClients.create(client, shards=SHARDS, replicas=REPLICAS)
                 load = Upserts(cluster.grpc_address, writers=2)
+                clients = RecordedClients(cluster.grpc_address, shards=SHARDS, seed=seed)
                 searches = Searches(cluster.grpc_address)
                 load.start()
                 searches.start()
+                clients.start()
                 clusters.wait_until(
                     lambda: len(load.acknowledged) > 300, timeout_s=60, what="the load started"
                 )
@@ -120,21 +130,39 @@ def run(*, rounds: int, seed: int) -> dict[str, object]:
                     heal_s.append(time.monotonic() - started_s)
                 load.stop()
                 searches.stop()
+                clients.stop()
                 violations = load.violations(collection)
-                clusters.wait_until(
-                    lambda: replicas_agree(client), timeout_s=HEAL_S, what="replicas agree"
-                )
+                for name in (COLLECTION, recorded.COLLECTION):
+                    clusters.wait_until(
+                        lambda name=name: replicas_agree(client, name),
+                        timeout_s=HEAL_S,
+                        what=f"replicas of {name} agree",
+                    )
+                clients.rest(client.status(recorded.COLLECTION))
+        violations += clients.violations()
+        violations += asyncio.run(damages(Path(folder) / "bucket"))
     return {
         "seed": seed,
         "strikes": struck,
         "heal_s": [round(value, 2) for value in heal_s],
         "rows_acknowledged": len(load.acknowledged),
         "writes_unknown": len(load.unknown) + len(load.unknown_deletes),
+        "operations_recorded": clients.history.operations(),
         "searches_answered": searches.answered,
         "searches_failed": len(searches.failures),
         "search_failures": searches.failures[:5],
         "violations": violations,
     }
+
+
+async def damages(bucket: Path) -> list[str]:
+    """Checks the bucket of a cluster that has stopped; returns what is wrong, in words."""
+    store = LocalStore(bucket)
+    try:
+        report = await check_bucket(store, deep=True, progress=lambda done, total: None)
+    finally:
+        await store.close()
+    return [f"{each.key} ({each.invariant}): {each.message}" for each in report.problems]
 
 
 def _healed(client: shoal.Client) -> bool:
