@@ -65,7 +65,7 @@ def test_catalog_in_memory_does_not_go_back_when_updates_end_in_another_order() 
         claim = asyncio.ensure_future(control.claim())
         await asyncio.sleep(0.1)
         record = CollectionRecord(schema=schema_of(1, 1), assignment=())
-        await control._update(lambda catalog: catalog.with_record(record))
+        await control._owned.update(lambda catalog: catalog.with_record(record))
         await claim
         assert CollectionId("") in control.catalog.collections
 

@@ -14,8 +14,8 @@ from typing import Protocol
 import structlog
 
 from shoal_cluster.bucket.store import Store
-from shoal_cluster.control.catalog import Catalog, CatalogLog, CollectionRecord, Owner
-from shoal_cluster.control.placement import place_all, require_servers
+from shoal_cluster.control.catalog import Catalog, Owner
+from shoal_cluster.control.owned_catalog import Deposed, OwnedCatalog
 from shoal_cluster.control.reconcile import (
     Command,
     OpenReplica,
@@ -25,28 +25,21 @@ from shoal_cluster.control.reconcile import (
 )
 from shoal_cluster.domain.clock import Clock
 from shoal_cluster.domain.errors import (
-    AlreadyExists,
-    Conflict,
     NotFound,
     Outcome,
     ShoalError,
     Unavailable,
 )
 from shoal_cluster.domain.ids import CollectionId, IdGenerator, ServerId, ShardNumber
-from shoal_cluster.domain.keys import COLLECTIONS_PREFIX, ShardKeys
+from shoal_cluster.domain.keys import COLLECTIONS_PREFIX
 from shoal_cluster.domain.observation import ReplicaState, ServerReport
 from shoal_cluster.domain.request import RequestName
-from shoal_cluster.domain.schema import CollectionSchema, validate_schema
-from shoal_cluster.domain.schema_change import SchemaChange, apply_change
+from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.schema_change import SchemaChange
 from shoal_cluster.domain.topology import Topology
-from shoal_cluster.manifest.commit import Manifests
 
 _log = structlog.get_logger()
 
-CATALOG_REREAD_S = 5.0
-"""How long a controller may act on a catalog that another one has changed. Two live at once while
-one that froze has been replaced; without this the old one would for ever open what was dropped and
-close what was created."""
 ROUND_S = 0.3
 """Pause between rounds; a lost link starts a round at once."""
 SUSPECT_AFTER_S = 2.0
@@ -61,7 +54,6 @@ PROMOTION_PAUSE_S_MAX = 5.0
 doubles from ROUND_S to this, the first time at once: each attempt on a damaged shard costs an epoch
 and a fence, and fences are for ever."""
 READY_TIMEOUT_S = 60.0
-COLLECTIONS_MAX = 1000
 
 
 class Servers(Protocol):
@@ -100,10 +92,6 @@ class _Promotion:
     ended_s: float | None = None
 
 
-class _Deposed(Conflict):
-    """Another cluster owns the bucket."""
-
-
 class ControlLoop:
     """The controller's work; `run` until `close`."""
 
@@ -120,12 +108,17 @@ class ControlLoop:
     ) -> None:
         self._store = store
         self._clock = clock
-        self._ids = ids
         self._servers = servers
         self._audience = audience
         self._cluster_uuid = cluster_uuid
-        self._owner = owner
-        self._catalog_log = CatalogLog(store, clock, ids)
+        self._owned = OwnedCatalog(
+            store=store,
+            clock=clock,
+            ids=ids,
+            owner=owner,
+            placed=servers.placed,
+            on_change=self._react,
+        )
         self._wake = asyncio.Event()
         self._seen: dict[ServerId, float] = {}
         self._asking: dict[ServerId, asyncio.Task[ServerReport]] = {}
@@ -133,31 +126,21 @@ class ControlLoop:
         self._promotions: dict[tuple[CollectionId, ShardNumber], _Promotion] = {}
         self._changed = asyncio.Condition()
         self._deleting: asyncio.Task[None] | None = None
-        # Two updates side by side may end in the other order than they were committed in; the
-        # earlier catalog would then stay in memory.
-        self._updating = asyncio.Lock()
-        self._catalog_read_s = float("-inf")
-        self.catalog = Catalog()
         self.reports: dict[ServerId, ServerReport] = {}
         self.topology = Topology(version=0, cluster_uuid=cluster_uuid)
 
-    async def claim(self) -> None:
-        """Makes this cluster the bucket's owner. Whether the former one lives is checked before.
+    @property
+    def catalog(self) -> Catalog:
+        """The catalog as far as this process knows."""
+        return self._owned.current
 
-        Raises: Conflict, Unavailable.
-        """
-        delay_s = ROUND_S
-        while True:
-            try:
-                async with self._updating:
-                    self.catalog = await self._catalog_log.update(
-                        lambda catalog: replace(catalog, owner=self._owner)
-                    )
-                return
-            except Unavailable as error:
-                _log.warning("bucket_not_claimed", reason=error.message)
-            await self._clock.sleep(delay_s)
-            delay_s = min(2 * delay_s, CATALOG_REREAD_S)
+    async def claim(self) -> None:
+        """See `OwnedCatalog.claim`."""
+        await self._owned.claim()
+
+    async def release(self) -> None:
+        """See `OwnedCatalog.release`."""
+        await self._owned.release()
 
     async def run(self) -> None:
         """Reconciles until cancelled, or until another cluster owns the bucket."""
@@ -175,7 +158,7 @@ class ControlLoop:
             self._wake.clear()
             try:
                 await self._round()
-            except _Deposed as error:
+            except Deposed as error:
                 _log.error("bucket_taken_over", reason=error.message)
                 self._publish_nothing()
                 return
@@ -198,27 +181,7 @@ class ControlLoop:
         Raises: InvalidRequest; AlreadyExists unless `request` is the one that created it;
         Unavailable (created, but not serving yet: the same request again waits for it).
         """
-        validate_schema(schema)
-        if request in self.catalog.requests:
-            created = _existing(self.catalog, schema.name).schema
-            await self._until_serving(created)
-            return created
-        require_servers(schema.replicas, len(self._servers.placed()))
-        created = replace(schema, id=CollectionId(self._ids.hex(16)), version=1)
-        self._refuse_duplicate(self.catalog, created)
-        for shard in range(created.shards):
-            keys = ShardKeys(created.id, ShardNumber(shard))
-            await Manifests(self._store, keys, self._clock).create_first()
-
-        def add(catalog: Catalog) -> Catalog:
-            if request in catalog.requests:
-                return catalog  # the same request, sent again, was faster
-            self._refuse_duplicate(catalog, created)
-            record = CollectionRecord(schema=created, assignment=())
-            return place_all(catalog.with_record(record), self._servers.placed())
-
-        await self._update(add, request)
-        created = _existing(self.catalog, created.name).schema
+        created = await self._owned.create(schema, request)
         await self._until_serving(created)
         return created
 
@@ -229,17 +192,7 @@ class ControlLoop:
 
         Raises: NotFound, InvalidRequest, Conflict.
         """
-
-        def alter(catalog: Catalog) -> Catalog:
-            record = _existing(catalog, change.name)
-            altered = replace(record, schema=apply_change(record.schema, change))
-            return place_all(catalog.with_record(altered), self._servers.placed())
-
-        if request not in self.catalog.requests:
-            if change.replicas is not None:
-                require_servers(change.replicas, len(self._servers.placed()))
-            await self._update(alter, request)
-        schema = _existing(self.catalog, change.name).schema
+        schema = await self._owned.alter(change, request)
         await self._until_serving(schema)
         return schema
 
@@ -248,54 +201,12 @@ class ControlLoop:
 
         Raises: NotFound unless `request` is the one that dropped it.
         """
-        if request not in self.catalog.requests:
-            await self._update(
-                lambda catalog: catalog.without(_existing(catalog, name).schema.id), request
-            )
+        await self._owned.drop(name, request)
 
-    async def release(self) -> None:
-        """Gives the bucket up, so that any machine may serve it. Call when nothing serves any more.
-
-        Raises: Conflict when it is another cluster's already; Unavailable.
-        """
-        await self._update(lambda catalog: replace(catalog, owner=None))
-
-    def describe(self, name: str) -> CollectionSchema:
-        """Raises: NotFound."""
-        return _existing(self.catalog, name).schema
-
-    async def _update(self, change: "CatalogChange", request: RequestName | None = None) -> None:
-        def owned(catalog: Catalog) -> Catalog:
-            self._require_ownership(catalog)
-            changed = change(catalog)
-            if request is None or request in changed.requests:
-                return changed
-            return changed.with_request(request)
-
-        async with self._updating:
-            self.catalog = await self._catalog_log.update(owned)
+    def _react(self) -> None:
+        """The catalog was changed."""
         self._publish()
         self.wake()
-
-    def _require_ownership(self, catalog: Catalog) -> None:
-        owner = catalog.owner
-        if owner is None or owner.incarnation != self._owner.incarnation:
-            raise _Deposed(
-                "another cluster has taken this bucket over "
-                f"({'nobody' if owner is None else owner.address}); this one must be shut down"
-            )
-
-    def _refuse_duplicate(self, catalog: Catalog, schema: CollectionSchema) -> None:
-        if catalog.by_name(schema.name) is not None:
-            raise AlreadyExists(
-                f"collection {schema.name!r} exists already; drop it first or choose another name",
-                field="name",
-            )
-        if len(catalog.collections) >= COLLECTIONS_MAX:
-            raise Conflict(
-                f"there are {len(catalog.collections)} collections already",
-                limit=f"{COLLECTIONS_MAX} collections",
-            )
 
     async def _until_serving(self, schema: CollectionSchema) -> None:
         """Waits until coordinators can reach a primary of every shard with this schema."""
@@ -322,7 +233,7 @@ class ControlLoop:
             ) from None
 
     async def _round(self) -> None:
-        self.catalog = await self._refresh_catalog()
+        await self._owned.refresh()
         observing_s = self._clock.monotonic_s()
         await self._observe()
         for command in diff(self.catalog, self.reports):
@@ -336,21 +247,6 @@ class ControlLoop:
             self._deleting = asyncio.ensure_future(self._delete_dropped())
         for running in (key for key, task in list(self._busy.items()) if task.done()):
             del self._busy[running]
-
-    async def _refresh_catalog(self) -> Catalog:
-        now_s = self._clock.monotonic_s()
-        if now_s - self._catalog_read_s >= CATALOG_REREAD_S:
-            self._catalog_read_s = now_s
-            try:
-                async with self._updating:
-                    self.catalog = await self._catalog_log.read()
-                self._require_ownership(self.catalog)
-            except Unavailable as error:
-                _log.warning("catalog_not_reread", reason=error.message)
-        placed = place_all(self.catalog, self._servers.placed())
-        if placed != self.catalog:
-            await self._update(lambda catalog: place_all(catalog, self._servers.placed()))
-        return self.catalog
 
     async def _observe(self) -> None:
         """Asks every server at once; keeps the last report of one that is merely slow.
@@ -485,11 +381,7 @@ class ControlLoop:
                     continue
                 for entry in await self._store.list(f"{COLLECTIONS_PREFIX}{collection}/"):
                     await self._store.delete(entry.key)
-                await self._update(
-                    lambda catalog, gone=collection: replace(
-                        catalog, dropped=tuple(name for name in catalog.dropped if name != gone)
-                    )
-                )
+                await self._owned.forget_dropped(collection)
         except ShoalError as error:
             # The objects harm nobody; the next round tries again.
             _log.warning("dropped_collection_not_deleted", reason=error.message)
@@ -506,18 +398,3 @@ def _pause_s(fruitless: int) -> float:
         return 0.0
     # Bounded before the power is: a shard may be damaged for a year.
     return min(ROUND_S * 2.0 ** min(fruitless - 1, 10), PROMOTION_PAUSE_S_MAX)
-
-
-class CatalogChange(Protocol):
-    def __call__(self, catalog: Catalog, /) -> Catalog: ...
-
-
-def _existing(catalog: Catalog, name: str) -> CollectionRecord:
-    record = catalog.by_name(name)
-    if record is None:
-        known = ", ".join(sorted(entry.schema.name for entry in catalog.collections.values()))
-        raise NotFound(
-            f"there is no collection {name[:80]!r}; there are: {known or 'none'}",
-            field="collection",
-        )
-    return record

@@ -207,7 +207,7 @@ def test_more_replicas_than_servers_are_refused_by_name():
             change = SchemaChange(name=created.name, replicas=5)
             await loop.alter_collection(change, RequestName("client", 3))
         assert (refused.value.field, refused.value.limit) == ("replicas", "3 servers")
-        assert loop.describe(created.name) == created
+        assert loop.catalog.by_name(created.name).schema == created
         await stop(running)
 
     run(scenario())
