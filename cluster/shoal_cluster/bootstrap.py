@@ -252,8 +252,11 @@ def _ray_environment() -> dict[str, str]:
     return {
         **os.environ,
         "RAY_DEDUP_LOGS": "0",
-        # A warm worker for every actor start would cost 150 MB each before it is needed.
+        # Workers for programs to come: 90 MB each, and none of ours could use one, because each
+        # starts in an environment of its own.
         "RAY_num_prestart_python_workers": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
 
