@@ -56,14 +56,27 @@ class Size:
     seconds: float
     clients: int
     write_seconds: float
+    idle_seconds: float
     link_seconds: float
 
 
 FULL: Final = Size(
-    rows=100_000, rounds=5, seconds=1.5, clients=8, write_seconds=4.0, link_seconds=0.5
+    rows=100_000,
+    rounds=5,
+    seconds=1.5,
+    clients=8,
+    write_seconds=4.0,
+    idle_seconds=20.0,
+    link_seconds=0.5,
 )
 SMOKE: Final = Size(
-    rows=5_000, rounds=2, seconds=0.4, clients=2, write_seconds=0.5, link_seconds=0.1
+    rows=5_000,
+    rounds=2,
+    seconds=0.4,
+    clients=2,
+    write_seconds=0.5,
+    idle_seconds=1.0,
+    link_seconds=0.1,
 )
 
 
@@ -118,7 +131,7 @@ def run(size: Size, progress: Callable[[str], None]) -> dict[str, Any]:
                 searches = _measure_searches(setup, corpus, cluster, size, progress)
             progress("measuring acknowledgements")
             written = writes.acknowledgements(cluster, corpus.vectors, seconds=size.write_seconds)
-            processes = machine.describe_processes(cluster)
+            processes = machine.describe_processes(cluster, seconds=size.idle_seconds)
         progress("measuring links alone")
         link_figures = _measure_links(directory, size.link_seconds)
     return {

@@ -27,8 +27,6 @@ _DISTRIBUTIONS: Final = (
     "obstore",
 )
 
-IDLE_S: Final = 3.0
-
 
 def describe_machine() -> dict[str, Any]:
     """load_average_1min: before the bench; on an idle machine below 0.2 a core."""
@@ -50,15 +48,15 @@ def describe_versions() -> dict[str, str]:
     }
 
 
-def describe_processes(cluster: RunningCluster) -> list[dict[str, Any]]:
+def describe_processes(cluster: RunningCluster, *, seconds: float) -> list[dict[str, Any]]:
     """Returns threads, memory and idle processor time of every process of the cluster.
 
-    idle_cpu_percent: over IDLE_S with nobody asking; what Ray and our own timers cost a query's
+    idle_cpu_percent: over `seconds` with nobody asking; what Ray and our own timers cost a query's
     neighbours.
     """
     processes = processes_of(cluster)
     before_s = processor_seconds(processes)
-    time.sleep(IDLE_S)
+    time.sleep(seconds)
     after_s = processor_seconds(processes)
     described = []
     for process in processes:
@@ -69,7 +67,7 @@ def describe_processes(cluster: RunningCluster) -> list[dict[str, Any]]:
                     "process": title_of(process),
                     "threads": process.num_threads(),
                     "memory_mib": round(process.memory_info().rss / 2**20),
-                    "idle_cpu_percent": round(100 * spent_s / IDLE_S, 2),
+                    "idle_cpu_percent": round(100 * spent_s / seconds, 2),
                 }
             )
     return sorted(described, key=lambda each: str(each["process"]))

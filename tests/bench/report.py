@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
+from tests.bench import writes
 from tests.bench.stages import STAGES
 
 _PATH_NAMES: Final = {
@@ -64,17 +65,7 @@ def render(bench: Mapping[str, Any]) -> str:
         ),
         "",
     ]
-    load = bench["load"]
-    lines.append(
-        f"bulk load: {load['rows']:,} rows acknowledged in {load['acknowledged_seconds']} s, "
-        f"{load['rows_per_s']:,} rows/s; indexed and compacted {load['settled_seconds']} s later"
-    )
-    for each in bench["writes"]:
-        lines.append(
-            f"acknowledged upserts of one row, {each['writers']:>2} writers: p50 "
-            f"{each['p50_ms']} ms, p99 {each['p99_ms']} ms, {each['rows_per_s']} rows/s, "
-            f"{each['rows_per_put']} rows a PUT"
-        )
+    lines += writes.render(bench["load"], bench["writes"])
     lines += ["", "3 KiB over a link against a raw echo, unix socket"]
     for each in bench["links"]:
         lines.append(

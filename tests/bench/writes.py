@@ -40,6 +40,10 @@ SETTLE_S: Final = 600.0
 """100,000 rows are indexed within a minute on two idle cores."""
 
 WRITER_COUNTS: Final = (1, 64)
+TRANSPORTS: Final = ("auto", "grpc")
+"""A fast lane if there is one, as the SDK is used; and gRPC alone."""
+
+_TRANSPORT_NAMES: Final = {"auto": "lane", "grpc": "gRPC"}
 _WRITES_COLLECTION: Final = "bench-writes"
 
 
@@ -84,7 +88,8 @@ def render(loaded: dict[str, Any], written: list[dict[str, Any]]) -> list[str]:
     for each in written:
         spent_ms = each["processor_ms_per_row"]
         lines += [
-            f"acknowledged upserts of one row, {each['writers']:>2} writers: p50 "
+            f"acknowledged upserts of one row, {_TRANSPORT_NAMES[each['transport']]}, "
+            f"{each['writers']:>2} writers: p50 "
             f"{each['p50_ms']} ms, p99 {each['p99_ms']} ms, {each['rows_per_s']} rows/s, "
             f"{each['rows_per_put']} rows a PUT",
             "  processor time a row, ms: "
@@ -160,15 +165,22 @@ def acknowledgements(
 ) -> list[dict[str, Any]]:
     """Returns latency, rate and rows per WAL object of single-row upserts, by number of writers.
 
-    processor_ms_per_row: of processor time, by process; builders are those of the rows' segments.
+    Once it returns nothing is left of what was written. processor_ms_per_row: by process; builders
+    are those of the rows' segments.
     """
-    return asyncio.run(_acknowledgements(cluster, vectors, seconds))
+    return [
+        figures
+        for transport in TRANSPORTS
+        for figures in asyncio.run(_acknowledgements(cluster, vectors, seconds, transport))
+    ]
 
 
 async def _acknowledgements(
-    cluster: RunningCluster, vectors: Floats, seconds: float
+    cluster: RunningCluster, vectors: Floats, seconds: float, transport: Any
 ) -> list[dict[str, Any]]:
-    async with shoal.AsyncClient(cluster.grpc_address, timeout_s=60.0) as client:
+    async with shoal.AsyncClient(
+        cluster.grpc_address, timeout_s=60.0, transport=transport
+    ) as client:
         collection = await client.create_collection(
             _WRITES_COLLECTION, dimension=vectors.shape[1], recall_target=RECALL_TARGET
         )
@@ -200,6 +212,7 @@ async def _acknowledgements(
             p50_s, p99_s = np.percentile(latencies_s, [50, 99])
             measured.append(
                 {
+                    "transport": transport,
                     "writers": writers,
                     "p50_ms": round(p50_s * 1e3, 2),
                     "p99_ms": round(p99_s * 1e3, 2),
@@ -215,7 +228,19 @@ async def _acknowledgements(
                 }
             )
         await client.drop_collection(_WRITES_COLLECTION)
+        await _until_deleted(cluster.bucket, keys)
         return measured
+
+
+async def _until_deleted(bucket: str, keys: ShardKeys) -> None:
+    """Waits until the controller has deleted a dropped shard: what comes next is measured alone."""
+    store = open_store(bucket)
+    try:
+        async with asyncio.timeout(SETTLE_S):
+            while await store.list(keys.prefix):
+                await asyncio.sleep(0.1)
+    finally:
+        await store.close()
 
 
 def _processor_seconds(cluster: RunningCluster) -> dict[str, float]:

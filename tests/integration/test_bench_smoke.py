@@ -60,7 +60,12 @@ def test_bench_stages_add_up_to_the_whole_query(bench: dict[str, Any]) -> None:
 
 
 def test_bench_reports_writes_load_machine_and_processes(bench: dict[str, Any]) -> None:
-    assert [each["writers"] for each in bench["writes"]] == [1, 64]
+    assert [(each["transport"], each["writers"]) for each in bench["writes"]] == [
+        ("auto", 1),
+        ("auto", 64),
+        ("grpc", 1),
+        ("grpc", 64),
+    ]
     for each in bench["writes"]:
         assert 0 < each["p50_ms"] <= each["p99_ms"] and each["rows_per_s"] > 0
         assert each["rows_per_put"] >= 1
