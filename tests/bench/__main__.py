@@ -1,6 +1,6 @@
 """Compares one search in process, through a link, a fast lane and gRPC, in one run.
 
-    python -m tests.bench [--smoke] [--json build/bench.json]
+    python -m tests.bench [--smoke] [--corpus demo] [--rows 100000] [--json build/bench.json]
 
 Starts a real cluster in a temporary directory, loads it, waits until it is indexed, measures, and
 leaves nothing behind. docs/benchmarks.md says how to read what it prints.
@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,17 @@ from shoal_cluster.domain.schema import CollectionSchema, Metric
 from shoal_cluster.index.calibration import measure_recall, setting_for
 from shoal_cluster.index.families import FastScanIndex, encode_codes, train_fast_scan
 from tests.bench import links, machine, writes
-from tests.bench.corpus import QUERIES, RECALL_TARGET, SEED, BenchCorpus, K, make_corpus
+from tests.bench.corpora.files import NoCorpus
+from tests.bench.corpus import (
+    CORPORA,
+    DEMO,
+    QUERIES,
+    RECALL_TARGET,
+    BenchCorpus,
+    K,
+    make_corpus,
+    seed_of,
+)
 from tests.bench.paths import CODES, VECTORS, Setup
 from tests.bench.paths import QUERIES as QUERIES_FILE
 from tests.bench.processes import callers, shard_process
@@ -83,20 +93,28 @@ SMOKE: Final = Size(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="everything small, within a minute")
+    parser.add_argument("--corpus", choices=CORPORA, default=DEMO, help="see corpus.py")
+    parser.add_argument("--rows", type=int, help=f"{FULL.rows:,}, or {SMOKE.rows:,} with --smoke")
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"))
     options = parser.parse_args()
-    bench = run(SMOKE if options.smoke else FULL, _teller(time.perf_counter()))
+    size = SMOKE if options.smoke else FULL
+    if options.rows is not None:
+        size = replace(size, rows=options.rows)
+    try:
+        bench = run(size, _teller(time.perf_counter()), options.corpus)
+    except NoCorpus as missing:
+        parser.error(str(missing))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(bench, indent=1) + "\n")
     print(render(bench))
     print(f"\nfigures are in {options.json}")
 
 
-def run(size: Size, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) -> dict[str, Any]:
     """Runs the whole bench and returns every figure; see report.py for what they mean."""
     described = machine.describe_machine()
     progress(f"making {size.rows:,} rows and exact answers to {QUERIES} queries")
-    corpus = make_corpus(size.rows)
+    corpus = make_corpus(size.rows, corpus_name)
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         directory = Path(folder)
         progress("building one FAISS index over all rows")
@@ -137,9 +155,10 @@ def run(size: Size, progress: Callable[[str], None]) -> dict[str, Any]:
     return {
         "machine": described,
         "versions": machine.describe_versions(),
-        "seeds": {"corpus": SEED, "codes": 0, "calibration": 0},
+        "seeds": {"corpus": seed_of(corpus_name), "codes": 0, "calibration": 0},
         "size": asdict(size),
         "collection": {
+            "corpus": corpus_name,
             "rows": size.rows,
             "dimension": corpus.vectors.shape[1],
             "k": K,

@@ -27,9 +27,10 @@ def render(bench: Mapping[str, Any]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"Linux {machine['kernel']}, load average {machine['load_average_1min']} before",
         ", ".join(f"{name} {version}" for name, version in bench["versions"].items()),
-        f"{collection['rows']:,} x {collection['dimension']}, k {collection['k']}, recall target "
-        f"{collection['recall_target']}; one shard, one replica, {collection['segments']} "
-        f"segment{'s' * (collection['segments'] != 1)}, {collection['memtable_rows']} rows not "
+        f"{collection['rows']:,} rows of {collection['corpus']!r} x {collection['dimension']}, "
+        f"k {collection['k']}, recall target {collection['recall_target']}; one shard, one "
+        f"replica, {collection['segments']} segment{'s' * (collection['segments'] != 1)}, "
+        f"{collection['memtable_rows']} rows not "
         f"indexed; raw rescores {collection['raw_depth']} rows",
         "",
         f"{'':28}{'clients':>8}{'p50 ms':>9}{'p99 ms':>9}{'queries/s':>11}{'recall':>8}"

@@ -37,7 +37,7 @@ from tests.bench.machine import processor_seconds, title_of
 from tests.bench.paths import SHARD
 
 SETTLE_S: Final = 600.0
-"""100,000 rows are indexed within a minute on two idle cores."""
+"""100,000 rows are indexed within a minute on two idle cores. As much again for every million."""
 
 WRITER_COUNTS: Final = (1, 64)
 TRANSPORTS: Final = ("auto", "grpc")
@@ -149,7 +149,8 @@ def settle(
             "rows_live": shard.rows_live,
         }
 
-    return wait_until(settled, timeout_s=SETTLE_S, what="the shard is sealed and compacted")
+    timeout_s = SETTLE_S * (1 + rows / 1_000_000)
+    return wait_until(settled, timeout_s=timeout_s, what="the shard is sealed and compacted")
 
 
 async def _newest_manifest(bucket: str, keys: ShardKeys) -> Manifest | None:
