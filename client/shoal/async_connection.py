@@ -82,7 +82,7 @@ class AsyncConnection:
 
         Raises: ShoalError when the call failed for good.
         """
-        attempts = self._attempts(call.is_write, timeout_s)
+        attempts = self._attempts(call, timeout_s)
         while True:
             route = self._route()
             try:
@@ -91,6 +91,8 @@ class AsyncConnection:
                 verdict = attempts.failed(error, time.monotonic())
                 if isinstance(verdict, GiveUp):
                     raise verdict.error from error.__cause__
+                if attempts.maybe_applied:
+                    call.note_maybe_applied()
                 if self._closed:
                     raise
                 if verdict.elsewhere:
@@ -100,7 +102,8 @@ class AsyncConnection:
                 # Closing the channel cancels its calls; the caller's own task goes on.
                 if not self._closed or _is_cancelling():
                     raise
-                raise error_of_lost_call(CLOSED, is_write=call.is_write) from cancelled
+                lost = error_of_lost_call(CLOSED, is_write=call.is_write)
+                raise lost from cancelled
             else:
                 return call.decode(response)
 
@@ -112,7 +115,7 @@ class AsyncConnection:
         timeout_s bounds the wait for each message, not what the caller does with it.
         Raises: ShoalError when the search failed for good.
         """
-        attempts = self._attempts(False, timeout_s)
+        attempts = self._attempts(None, timeout_s)
         while True:
             route = self._route()
             messages = route.stubs.search_range(
@@ -125,7 +128,7 @@ class AsyncConnection:
                     yield message
                     if ended:
                         return
-                    attempts = self._attempts(False, timeout_s)
+                    attempts = self._attempts(None, timeout_s)
                 error = error_of_lost_call(ENDED_EARLY, is_write=False)
             except grpc.aio.AioRpcError as failure:
                 error = error_of(failure, is_write=False, address=route.address)
@@ -146,9 +149,13 @@ class AsyncConnection:
                 self._addresses.leave(route.address)
             await asyncio.sleep(verdict.wait_s)
 
-    def _attempts(self, is_write: bool, timeout_s: float | None) -> Attempts:
-        deadline_s = time.monotonic() + self._allowed_s(timeout_s)
-        return self._retries.attempts(is_write=is_write, deadline_s=deadline_s)
+    def _attempts(self, call: Call[Any] | None, timeout_s: float | None) -> Attempts:
+        """call: None for a stream, which reads."""
+        return self._retries.attempts(
+            is_write=call is not None and call.is_write,
+            deadline_s=time.monotonic() + self._allowed_s(timeout_s),
+            maybe_applied=call is not None and call.maybe_applied,
+        )
 
     def _allowed_s(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else checked_timeout_s(timeout_s)

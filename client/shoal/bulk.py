@@ -8,7 +8,8 @@ Invariants
   U-1  No more chunks are sent and unacknowledged than the server's last window, and none is taken
        from the source while `in_flight` are unresolved (sent, or waiting to be sent again), so
        memory is bounded whatever the source yields.
-  U-2  A chunk sent again carries the request id it had the first time.
+  U-2  A chunk sent again carries the request id it had the first time, and says that it is sent
+       again once it may have been applied.
   U-3  A chunk counts as done exactly once, when its acknowledgement arrives.
 """
 
@@ -31,7 +32,7 @@ IN_FLIGHT = 4
 """Chunks unacknowledged: one being decoded, one being made durable, one on the way, one ready."""
 
 IN_FLIGHT_MAX = 16
-"""Half of the 32 requests a shard remembers of one client, so that a retry is always recognised."""
+"""As many answers as a shard keeps of one client at the least, so that a retry is recognised."""
 
 CHUNK_BYTES_MAX = 4 * 1024 * 1024
 """Half of what one shard writes as one record, which a chunk may need to fit as a whole."""
@@ -168,6 +169,8 @@ class BulkUpload:
         verdict = chunk.attempts.failed(error, now_s)
         if isinstance(verdict, GiveUp):
             raise self._told(verdict.error)
+        if chunk.attempts.maybe_applied:
+            chunk.upsert.request_id.again = True
         chunk.due_s = now_s + verdict.wait_s
         self._waiting[number] = chunk
 

@@ -96,6 +96,16 @@ class Call(Generic[Reply]):
     is_write: bool
     decode: Callable[[Any], Reply]
 
+    @property
+    def maybe_applied(self) -> bool:
+        """Whether an earlier attempt of this write may have been applied; travels with it."""
+        request: Any = self.request
+        return self.is_write and bool(request.request_id.again)
+
+    def note_maybe_applied(self) -> None:
+        request: Any = self.request
+        request.request_id.again = True
+
 
 class Calls:
     """Builds the calls of one client: its request ids, and the session tokens it has seen.

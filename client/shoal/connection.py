@@ -85,7 +85,7 @@ class Connection:
 
         Raises: ShoalError when the call failed for good.
         """
-        attempts = self._attempts(call.is_write, timeout_s)
+        attempts = self._attempts(call, timeout_s)
         while True:
             route = self._route()
             try:
@@ -94,6 +94,8 @@ class Connection:
                 verdict = attempts.failed(error, time.monotonic())
                 if isinstance(verdict, GiveUp):
                     raise verdict.error from error.__cause__
+                if attempts.maybe_applied:
+                    call.note_maybe_applied()
                 if self._closed:
                     raise
                 if verdict.elsewhere:
@@ -108,7 +110,7 @@ class Connection:
         timeout_s bounds the wait for each message, not what the caller does with it.
         Raises: ShoalError when the search failed for good.
         """
-        attempts = self._attempts(False, timeout_s)
+        attempts = self._attempts(None, timeout_s)
         while True:
             route = self._route()
             messages = route.stubs.search_range(
@@ -120,7 +122,7 @@ class Connection:
                     yield message
                     if ended:
                         return
-                    attempts = self._attempts(False, timeout_s)
+                    attempts = self._attempts(None, timeout_s)
                 error = error_of_lost_call(ENDED_EARLY, is_write=False)
                 cause = None
             except grpc.RpcError as failure:
@@ -137,9 +139,13 @@ class Connection:
                 self._addresses.leave(route.address)
             time.sleep(verdict.wait_s)
 
-    def _attempts(self, is_write: bool, timeout_s: float | None) -> Attempts:
-        deadline_s = time.monotonic() + self._allowed_s(timeout_s)
-        return self._retries.attempts(is_write=is_write, deadline_s=deadline_s)
+    def _attempts(self, call: Call[Any] | None, timeout_s: float | None) -> Attempts:
+        """call: None for a stream, which reads."""
+        return self._retries.attempts(
+            is_write=call is not None and call.is_write,
+            deadline_s=time.monotonic() + self._allowed_s(timeout_s),
+            maybe_applied=call is not None and call.maybe_applied,
+        )
 
     def _allowed_s(self, timeout_s: float | None) -> float:
         return self._timeout_s if timeout_s is None else checked_timeout_s(timeout_s)

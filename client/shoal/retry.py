@@ -6,6 +6,10 @@
     Indeterminate              again, elsewhere         again, elsewhere, same request id
     anything else              raised at once           raised at once
 
+An Indeterminate that names a `field` is the shard's own word that it has forgotten the request, and
+raised at once. Once an attempt of a write may have been applied, the next one says so
+(RequestId.again), so that a shard which has forgotten it does not take it for a first one.
+
 When the deadline comes first, a read raises its last failure; a write raises Indeterminate if any
 attempt may have been applied, and its last failure otherwise. A write that fails for good after an
 attempt that may have been applied says so in its outcome.
@@ -48,10 +52,19 @@ class Retries:
         self._policy = policy
         self._random = Random() if random is None else random
 
-    def attempts(self, *, is_write: bool, deadline_s: float) -> "Attempts":
-        """Returns a fresh count of attempts; deadline_s is a time of the caller's clock."""
+    def attempts(
+        self, *, is_write: bool, deadline_s: float, maybe_applied: bool = False
+    ) -> "Attempts":
+        """Returns a fresh count of attempts; deadline_s is a time of the caller's clock.
+
+        maybe_applied: the write was sent before, and its result is unknown.
+        """
         return Attempts(
-            is_write=is_write, deadline_s=deadline_s, policy=self._policy, random=self._random
+            is_write=is_write,
+            deadline_s=deadline_s,
+            policy=self._policy,
+            random=self._random,
+            maybe_applied=maybe_applied,
         )
 
 
@@ -77,14 +90,20 @@ class Attempts:
     """
 
     def __init__(
-        self, *, is_write: bool, deadline_s: float, policy: RetryPolicy, random: Random
+        self,
+        *,
+        is_write: bool,
+        deadline_s: float,
+        policy: RetryPolicy,
+        random: Random,
+        maybe_applied: bool = False,
     ) -> None:
         self._is_write = is_write
         self._deadline_s = deadline_s
         self._policy = policy
         self._random = random
         self._failures = 0
-        self._maybe_applied = False
+        self.maybe_applied = maybe_applied
 
     def timeout_s(self, now_s: float) -> float:
         """Returns how long the next attempt may take; never negative."""
@@ -95,8 +114,9 @@ class Attempts:
         """Takes the failure of an attempt and says what to do."""
         self._failures += 1
         if self._is_write and error.outcome == "maybe_applied":
-            self._maybe_applied = True
-        if not isinstance(error, Overloaded | Unavailable | Indeterminate):
+            self.maybe_applied = True
+        forgotten = isinstance(error, Indeterminate) and error.field is not None
+        if forgotten or not isinstance(error, Overloaded | Unavailable | Indeterminate):
             return GiveUp(self._final(error))
         wait_s = self._wait_s(error)
         if now_s + wait_s >= self._deadline_s:
@@ -118,12 +138,15 @@ class Attempts:
 
     def _final(self, error: ShoalError) -> ShoalError:
         error.attempts = self._failures
-        if self._maybe_applied:
+        if self.maybe_applied:
             error.outcome = "maybe_applied"
         return error
 
     def _out_of_time(self, error: ShoalError) -> ShoalError:
-        if not self._maybe_applied or isinstance(error, Indeterminate):
+        if not self._is_write and isinstance(error, Indeterminate):
+            # The server ended it at its deadline, and cannot know that it is a read.
+            return self._final(Unavailable(error.message))
+        if not self.maybe_applied or isinstance(error, Indeterminate):
             return self._final(error)
         return Indeterminate(
             "nothing confirmed the write in time; it may or may not have been applied: read it "

@@ -161,7 +161,13 @@ MANIFEST = Manifest(
             sum=0xFEDCBA9876543210,
         ),
     ),
-    dedup=[["client-a", 0, [[1, 1, 2, 1, 2, False]]], ["client-b", 4, [[9, 1, 3, 3, 1, True]]]],
+    dedup=[
+        5,
+        [
+            ["client-a", 1, 0, 0, 3, [[1, 1, 2, 1, 2, False, 3]]],
+            ["client-b", 3, 5, 4, 7, [[9, 1, 3, 3, 1, True, 7]]],
+        ],
+    ],
     schema_version=3,
     sum=0xFEDCBA9876543210,
 )

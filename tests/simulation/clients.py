@@ -5,9 +5,11 @@ attribute and payload; each patch sets a mark.
 """
 
 import asyncio
+import functools
 import json
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -182,7 +184,9 @@ class SimulatedClient:
             WriteType.UPSERT,
             name,
             changes,
-            lambda to: to.writer.upsert(request, timeout_s=self._timeout_s()),
+            lambda to, again: to.writer.upsert(
+                replace(request, again=again), timeout_s=self._timeout_s()
+            ),
         )
 
     async def delete(self, points: Sequence[str]) -> bool:
@@ -192,7 +196,9 @@ class SimulatedClient:
             WriteType.DELETE,
             name,
             [Change(self._shard(point), point) for point in points],
-            lambda to: to.writer.delete(request, timeout_s=self._timeout_s()),
+            lambda to, again: to.writer.delete(
+                replace(request, again=again), timeout_s=self._timeout_s()
+            ),
         )
 
     async def delete_where(self, group: str) -> bool:
@@ -204,7 +210,9 @@ class SimulatedClient:
             WriteType.DELETE_WHERE,
             name,
             [],
-            lambda to: to.writer.delete_where(request, timeout_s=self._timeout_s()),
+            lambda to, again: to.writer.delete_where(
+                replace(request, again=again), timeout_s=self._timeout_s()
+            ),
             group=group,
         )
 
@@ -221,7 +229,9 @@ class SimulatedClient:
             WriteType.PATCH,
             name,
             [Change(self._shard(p), p, mark=m) for p, m in zip(points, marks, strict=True)],
-            lambda to: to.writer.patch(request, timeout_s=self._timeout_s()),
+            lambda to, again: to.writer.patch(
+                replace(request, again=again), timeout_s=self._timeout_s()
+            ),
         )
 
     async def _write(
@@ -229,7 +239,7 @@ class SimulatedClient:
         kind: WriteType,
         name: RequestName,
         changes: Sequence[Change],
-        send: Callable[[SimulatedCoordinator], Coroutine[Any, Any, WriteResult]],
+        send: Callable[[SimulatedCoordinator, bool], Coroutine[Any, Any, WriteResult]],
         group: str | None = None,
     ) -> bool:
         """Sends until there is an answer, as the SDK does; True when it was acknowledged."""
@@ -240,9 +250,14 @@ class SimulatedClient:
         maybe = False
         for attempt in range(self._attempts_max):
             try:
-                result = await self._call(send, Indeterminate)
+                result = await self._call(
+                    functools.partial(send, again=maybe or bool(answers)), Indeterminate
+                )
             except (Unavailable, Overloaded, Indeterminate) as error:
                 maybe = maybe or error.outcome is Outcome.MAYBE_APPLIED
+                if isinstance(error, Indeterminate) and error.field is not None:
+                    self._world.counts["requests forgotten"] += 1
+                    break
                 await asyncio.sleep(self._rng.random() * 0.2 * 2**attempt)
                 continue
             except ShoalError as error:

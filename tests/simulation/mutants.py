@@ -14,11 +14,11 @@ from shoal_cluster.bucket.store import PutOutcome, Store
 from shoal_cluster.domain.errors import Unavailable
 from shoal_cluster.domain.ids import Epoch, ManifestVersion, Slot
 from shoal_cluster.domain.session import Consistency
-from shoal_cluster.ingest import primary_calls
+from shoal_cluster.ingest import execute, primary_calls, route
 from shoal_cluster.manifest import version_log
 from shoal_cluster.manifest.version_log import VersionLog
 from shoal_cluster.query.plan import Freshness
-from shoal_cluster.shard import garbage, takeover
+from shoal_cluster.shard import dedup, garbage, takeover
 from shoal_cluster.shard.calls import ReadLevel
 from shoal_cluster.shard.composition import Composition
 from shoal_cluster.shard.dedup import Dedup
@@ -193,7 +193,29 @@ def unknown_is_failed() -> list[Patch]:
 
 @mutant("a retried request is carried out again")
 def dedup_ignored() -> list[Patch]:
-    return [(Dedup, "find", lambda self, client_id, request_no: None)]
+    return [(Dedup, "find", lambda self, client_id, request_no, since: None)]
+
+
+@mutant("a request of a client that was forgotten is taken for its first")
+def forgotten_client_is_new() -> list[Patch]:
+    return [(dedup, "_require_later", lambda client_id, since, horizon: None)]
+
+
+@mutant("a request older than those remembered of its client is taken for a new one")
+def forgotten_number_is_new() -> list[Patch]:
+    forget = dedup._Window.forget_smallest
+
+    def broken(self: dedup._Window) -> None:
+        before = self.forgotten
+        forget(self)
+        self.forgotten = before
+
+    return [(dedup._Window, "forget_smallest", broken)]
+
+
+@mutant("a shard is not told that a request was sent before")
+def sent_before_is_not_told() -> list[Patch]:
+    return [(route, "since_of", lambda request: None), (execute, "since_of", lambda request: None)]
 
 
 @mutant("what was answered before the newest manifest is forgotten at a restart")

@@ -114,7 +114,8 @@ class _Run:
         calls = self._calls = StoreCalls(world, self._crash)
         shards, servers = rng.choice((1, 2)), rng.choice((2, 3))
         points = draw_points(rng)
-        with _scaled_limits(rng, hurried=weather.hurried):
+        memory = world.rng("memory of requests")
+        with _scaled_limits(rng, memory, hurried=weather.hurried):
             cluster = Cluster(
                 world,
                 servers=servers,
@@ -287,11 +288,15 @@ class _Run:
 
 
 @contextmanager
-def _scaled_limits(rng: random.Random, *, hurried: bool) -> Iterator[None]:
-    """Makes everything that is bounded small, for the run; as small as can be when `hurried`."""
+def _scaled_limits(rng: random.Random, memory: random.Random, *, hurried: bool) -> Iterator[None]:
+    """Makes everything that is bounded small, for the run; as small as can be when `hurried`.
+
+    memory: draws how much a shard remembers of answered requests.
+    """
     from shoal_cluster.control import catalog
     from shoal_cluster.shard import deletions, garbage, sealing
 
+    clients = memory.choice((1, 2, 3, 1024))
     seal = 6 if hurried else rng.choice((6, 15, 40))
     scaled: list[tuple[Any, str, float]] = [
         (limits, "SEAL_OPERATIONS", seal),
@@ -305,6 +310,9 @@ def _scaled_limits(rng: random.Random, *, hurried: bool) -> Iterator[None]:
         (deletions, "ENTRIES_KEPT", 3),
         (garbage, "MANIFESTS_KEPT", 1 if hurried else rng.choice((1, 3))),
         (catalog, "VERSIONS_KEPT", rng.choice((2, 20))),
+        (limits, "DEDUP_CLIENTS_MAX", clients),
+        (limits, "DEDUP_REQUESTS_PER_CLIENT_MAX", memory.choice((2, 8, 512))),
+        (limits, "DEDUP_REQUESTS_MAX", clients * memory.choice((1, 2, 16))),
     ]
     before = [(module, name, getattr(module, name)) for module, name, _ in scaled]
     try:

@@ -18,6 +18,8 @@ ClientId = NewType("ClientId", str)
 
 ShardNumber = NewType("ShardNumber", int)
 Slot = NewType("Slot", int)
+NO_SLOT = Slot(0)
+"""Before the first slot."""
 Epoch = NewType("Epoch", int)
 Seq = NewType("Seq", int)
 ManifestVersion = NewType("ManifestVersion", int)

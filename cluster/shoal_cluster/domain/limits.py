@@ -84,8 +84,10 @@ BUILD_MEMORY_BYTES_MAX = 4 * 1024 * MIB
 """Planners merge no more than fits into so much (shard/build_memory.py): a whole segment's rows at
 384-d, 310,000 at 1,536-d. A vectors file stays below half of it, well within one PUT."""
 
-# Deduplication of retried writes, per shard. A client keeps fewer requests in flight than this.
-DEDUP_CLIENTS_MAX = 256
+# Deduplication of retried writes, per shard: answers to REQUESTS_MAX requests, about 4 MB. However
+# many write, a client keeps REQUESTS_MAX / CLIENTS_MAX = 16 answers, as many as the SDK's bulk load
+# keeps in flight at most.
+DEDUP_CLIENTS_MAX = 1024
 DEDUP_REQUESTS_PER_CLIENT_MAX = 512
 DEDUP_REQUESTS_MAX = 16_384
 

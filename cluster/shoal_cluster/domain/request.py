@@ -5,10 +5,15 @@ from typing import NamedTuple
 from shoal_cluster.domain.errors import InvalidRequest
 
 CLIENT_ID_BYTES_MAX = 64
-"""A uuid in hexadecimal has 32; shards keep the ids of their last 256 clients."""
+"""A uuid in hexadecimal has 32; shards keep the ids of their last 1,024 clients."""
 
-REQUEST_NO_MAX = (1 << 63) - 1
-"""Fits a signed 64-bit integer, which every language has."""
+PARTS_MAX = 1 << 14
+"""Writes of one kind that the coordinator may add to a request on one shard: more than the passes
+of a delete by filter."""
+
+REQUEST_NO_MAX = (1 << 63) // PARTS_MAX - 1
+"""So that the number of a part fits a signed 64-bit integer, which every language has. A million
+requests a second reach it after 17 years."""
 
 
 class RequestName(NamedTuple):
@@ -17,12 +22,15 @@ class RequestName(NamedTuple):
     client_id: str
     request_no: int
 
-    def part(self, suffix: str) -> "RequestName":
+    def part(self, kind: str, number: int) -> "RequestName":
         """Returns the name of a write that the coordinator adds to this one.
 
-        Shards remember names per client, so the suffix goes into the client's part: `a1b2/w1`.
+        Shards remember names per client. The parts of one kind are a client of their own, `a1b2/w`,
+        so that however many they are they push out nothing else, and their numbers keep the order
+        of the requests.
         """
-        return RequestName(f"{self.client_id}/{suffix}", self.request_no)
+        assert 0 <= number < PARTS_MAX, f"part {number} of request {self.request_no}"
+        return RequestName(f"{self.client_id}/{kind}", self.request_no * PARTS_MAX + number)
 
 
 def validate_request_name(name: RequestName) -> RequestName:

@@ -108,6 +108,7 @@ class PointsService(PointsServicer):
             PatchRequest(
                 collection=request.collection,
                 name=decode_request_name(request.request_id),
+                again=request.request_id.again,
                 ids=ids,
                 attributes=decode_attributes(request.set, len(ids)),
                 remove=list(request.remove),
@@ -123,6 +124,7 @@ class PointsService(PointsServicer):
             DeleteRequest(
                 collection=request.collection,
                 name=decode_request_name(request.request_id),
+                again=request.request_id.again,
                 ids=list(request.ids),
             ),
             timeout_s=timeout_s(context),
@@ -142,6 +144,7 @@ class PointsService(PointsServicer):
             DeleteWhereRequest(
                 collection=request.collection,
                 name=decode_request_name(request.request_id),
+                again=request.request_id.again,
                 filter=decode_filter(request.filter),
             ),
             timeout_s=timeout_s(context),
@@ -199,6 +202,7 @@ def decode_upsert(message: pb.UpsertRequest) -> UpsertRequest:
     return UpsertRequest(
         collection=message.collection,
         name=decode_request_name(message.request_id),
+        again=message.request_id.again,
         ids=ids,
         vectors=decode_vectors(rows.vectors, rows.dimension, field="rows.vectors"),
         attributes=decode_attributes(rows.attributes, len(ids)) if rows.attributes else (),

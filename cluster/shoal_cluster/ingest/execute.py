@@ -22,7 +22,7 @@ from shoal_cluster.filtering.wire import Wire, to_wire
 from shoal_cluster.ingest.moves import Found, check_conditions, find_elsewhere, remove_elsewhere
 from shoal_cluster.ingest.parts import each_shard, write_parts
 from shoal_cluster.ingest.primary_calls import PrimaryCalls
-from shoal_cluster.ingest.route import Part, route_ids, route_upsert
+from shoal_cluster.ingest.route import Part, route_ids, route_upsert, since_of
 from shoal_cluster.ingest.validate import (
     DeleteRequest,
     DeleteWhereRequest,
@@ -106,7 +106,7 @@ class Writer:
         schema = self._schema(request.collection, request.name)
         ids = encode_ids(request.ids)
         patches = check_patch(request, schema)
-        parts = route_ids(request.name, WriteKind.PATCH, ids, schema, patches=patches)
+        parts = route_ids(request, WriteKind.PATCH, ids, schema, patches=patches)
         replies = await write_parts(parts, schema, self._calls, deadline_s=deadline_s)
         affected = sum(reply.affected for reply in replies)
         missing: Sequence[str] = ()
@@ -121,7 +121,7 @@ class Writer:
         deadline_s = self._clock.monotonic_s() + timeout_s
         schema = self._schema(request.collection, request.name)
         ids = encode_ids(request.ids)
-        parts = route_ids(request.name, WriteKind.DELETE, ids, schema)
+        parts = route_ids(request, WriteKind.DELETE, ids, schema)
         replies = await write_parts(parts, schema, self._calls, deadline_s=deadline_s)
         return WriteResult(
             schema=schema,
@@ -136,7 +136,7 @@ class Writer:
         filter = validate(request.filter, schema.attributes)
         wire = to_wire(filter)
         passes = {
-            shard: self._delete_where_on(shard, wire, request.name, schema, deadline_s)
+            shard: self._delete_where_on(shard, wire, request, schema, deadline_s)
             for shard in _shards_of(filter, schema)
         }
         ends = await each_shard(passes)
@@ -150,7 +150,7 @@ class Writer:
         self,
         shard: ShardNumber,
         wire: Wire,
-        name: RequestName,
+        request: DeleteWhereRequest,
         schema: CollectionSchema,
         deadline_s: float,
     ) -> tuple[Position, int]:
@@ -160,15 +160,17 @@ class Writer:
         the request again repeats no pass and goes on where it ended.
         """
         affected = 0
+        since = since_of(request)
         for number in range(PASSES_MAX):
-            pass_name = name if number == 0 else name.part(f"w{number}")
+            name = request.name if number == 0 else request.name.part("w", number)
             call = WriteCall(
                 collection=schema.id,
                 shard=shard,
-                client_id=pass_name.client_id,
-                request_no=pass_name.request_no,
+                client_id=name.client_id,
+                request_no=name.request_no,
                 kind=WriteKind.DELETE_WHERE,
                 filter=wire,
+                since=since,
             )
             try:
                 reply = await self._calls.write(call, schema, deadline_s=deadline_s)
@@ -183,6 +185,7 @@ class Writer:
             affected += reply.affected
             if not reply.more:
                 return reply.position, affected
+            since = reply.slot  # whenever the next pass was carried out, it was after this one
         raise Indeterminate(f"{affected} points of shard {shard} removed, and more keep coming")
 
     async def _missing(

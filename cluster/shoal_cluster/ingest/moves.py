@@ -28,7 +28,14 @@ from shoal_cluster.ingest.parts import each_shard
 from shoal_cluster.ingest.primary_calls import PrimaryCalls
 from shoal_cluster.ingest.route import Part
 from shoal_cluster.ingest.validate import UpsertRequest
-from shoal_cluster.shard.calls import GetCall, RowsReply, WriteCall, WriteKind, WriteReply
+from shoal_cluster.shard.calls import (
+    AFTER_EVERY_SLOT,
+    GetCall,
+    RowsReply,
+    WriteCall,
+    WriteKind,
+    WriteReply,
+)
 
 REMOVAL_ATTEMPTS_MAX = 3
 """Each is made without the ids that changed meanwhile, so a second one rarely fails."""
@@ -142,7 +149,7 @@ async def _remove(
     for attempt in range(REMOVAL_ATTEMPTS_MAX):
         if not seqs:
             return None
-        part_name = name.part(f"m{attempt}")
+        part_name = name.part("m", attempt)
         removal = WriteCall(
             collection=schema.id,
             shard=shard,
@@ -151,6 +158,7 @@ async def _remove(
             kind=WriteKind.DELETE,
             ids=list(seqs),
             if_seqs=list(seqs.values()),
+            since=AFTER_EVERY_SLOT,  # these versions are there, so it was not carried out
         )
         try:
             reply = await calls.write(removal, schema, deadline_s=deadline_s)

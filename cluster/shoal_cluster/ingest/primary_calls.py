@@ -8,12 +8,16 @@ Writes to one shard travel together, without timers: those of one turn of the ev
 GROUPS_IN_FLIGHT_MAX are on their way, all that come meanwhile. A group costs a frame, a task and a
 reply, whatever it holds, and arrives as one: the shard's group commit finds it whole. Each write of
 a group has its own fate, and those to be sent again go together again.
+
+A shard that does not know a client must be told since when its request can have been carried out
+(WriteCall.since). For a request that nobody sent before that is now: the newest slot this
+coordinator has heard of, noted before its first attempt. When it has heard too little, it asks.
 """
 
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shoal_cluster.domain.clock import Clock
@@ -25,12 +29,13 @@ from shoal_cluster.domain.errors import (
     ShoalError,
     Unavailable,
 )
-from shoal_cluster.domain.ids import CollectionId, ServerId, ShardNumber
+from shoal_cluster.domain.ids import NO_SLOT, CollectionId, ServerId, ShardNumber, Slot
 from shoal_cluster.domain.limits import WAL_RECORD_BYTES_MAX
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.shard_caller import Body, ShardCaller, TopologySource
 from shoal_cluster.domain.topology import CollectionPlace, Topology
 from shoal_cluster.shard.calls import (
+    UNKNOWN_CLIENT,
     GetCall,
     RowsReply,
     WriteCall,
@@ -62,6 +67,9 @@ GROUP_CALLS_MAX = 256
 GROUP_BYTES_MAX = WAL_RECORD_BYTES_MAX
 """What one record of the log may hold; a larger group would be two records anyway."""
 
+SHARDS_KNOWN_MAX = 65_536
+"""Shards whose slot is kept, some 10 MB; beyond, all are forgotten, at the cost of asking again."""
+
 CALL_BYTES = 128
 """What a call without rows counts."""
 
@@ -75,6 +83,8 @@ class _Asked:
     """A call that is not answered yet.
 
     failure: why it was not, the last time. lost: the last attempt that may have been applied.
+    is_unknown: it was refused, because the shard may have forgotten the client. is_told: since when
+    it can have been carried out was asked for after that.
     """
 
     call: Call
@@ -83,6 +93,8 @@ class _Asked:
     answer: "asyncio.Future[Any]"
     failure: ShoalError | None = None
     lost: ShoalError | None = None
+    is_unknown: bool = False
+    is_told: bool = False
     on_its_way: bool = False
 
     def fail(self, error: ShoalError) -> None:
@@ -116,6 +128,7 @@ class PrimaryCalls:
         self._topology = topology
         self._clock = clock
         self._lines: dict[_Place, _Line] = {}
+        self._slots: dict[_Place, Slot] = {}
         self._running: set[asyncio.Task[None]] = set()
 
     async def write(
@@ -185,6 +198,7 @@ class PrimaryCalls:
 
     async def _deliver(self, group: Sequence[_Asked]) -> None:
         """Returns once each call of the group has its answer or its failure. All of one shard."""
+        since = self._slots.get(_place_of(group[0].call), NO_SLOT)
         topology = self._topology.current()
         wait_s = ROUND_WAIT_MIN_S
         while group := self._in_time(group):
@@ -201,12 +215,14 @@ class PrimaryCalls:
                 for asked in group:
                     asked.failure = Unavailable("a takeover is under way")
             else:
-                answers = await self._attempt(group, primary, topology)
+                answers = await self._attempt(group, since, primary, topology)
                 for asked, answer in zip(group, answers, strict=True):
                     retry_after_s = max(retry_after_s, self._take(asked, answer))
             group = [asked for asked in group if not asked.answer.done()]
             if not group:
                 return
+            if any(asked.is_unknown for asked in group) and await self._learn_slot(group):
+                continue
             if retry_after_s:
                 await self._clock.sleep(retry_after_s)
                 topology = self._topology.current()
@@ -225,8 +241,35 @@ class PrimaryCalls:
                 asked.fail(asked.give_up())
         return [asked for asked in group if not asked.answer.done()]
 
+    async def _learn_slot(self, group: Sequence[_Asked]) -> bool:
+        """Asks how far the shard is for calls that were refused though nobody sent them before.
+
+        So they are sent for the first time after this. Returns whether it was told.
+        """
+        first = group[0]
+        probe = GetCall(collection=first.call.collection, shard=first.call.shard, ids=())
+        deadline_s = max(asked.deadline_s for asked in group)
+        try:
+            reply = await self.get(probe, first.schema, deadline_s=deadline_s)
+        except ShoalError as error:
+            for asked in group:
+                asked.failure = error
+            return False
+        for asked in group:
+            if asked.is_unknown:
+                assert isinstance(asked.call, WriteCall)
+                asked.call = replace(asked.call, since=reply.as_of.slot)
+                asked.is_unknown, asked.is_told = False, True
+        return True
+
+    def _note_slot(self, place: _Place, slot: Slot) -> None:
+        if slot > self._slots.get(place, NO_SLOT):
+            if len(self._slots) >= SHARDS_KNOWN_MAX:
+                self._slots.clear()
+            self._slots[place] = slot
+
     async def _attempt(
-        self, group: Sequence[_Asked], primary: ServerId, topology: Topology
+        self, group: Sequence[_Asked], since: Slot, primary: ServerId, topology: Topology
     ) -> Sequence[Any]:
         """Sends the group once; returns what became of each call, a reply or a ShoalError."""
         deadline_s = max(asked.deadline_s for asked in group)
@@ -236,7 +279,8 @@ class PrimaryCalls:
         if isinstance(first, GetCall):
             message, on_lost = first, Outcome.NOT_APPLIED
         else:
-            message = WriteGroup([asked.call for asked in group])  # type: ignore[misc]
+            calls: Any = [asked.call for asked in group]  # writes, all of them
+            message = WriteGroup(calls, since)
             bodies, on_lost = message.bodies(), Outcome.MAYBE_APPLIED
         attempt = asyncio.ensure_future(
             self._caller.call(
@@ -266,6 +310,8 @@ class PrimaryCalls:
     def _take(self, asked: _Asked, answer: Any) -> float:
         """Takes what became of a call; returns how long the shard asks to be left alone."""
         if not isinstance(answer, ShoalError):
+            slot = answer.slot if isinstance(answer, WriteReply) else answer.as_of.slot
+            self._note_slot(_place_of(asked.call), slot)
             if not asked.answer.done():
                 asked.answer.set_result(answer)
         elif isinstance(answer, Overloaded):
@@ -276,6 +322,15 @@ class PrimaryCalls:
             asked.fail(asked.give_up())
         elif isinstance(answer, Indeterminate) and answer.field is None:
             asked.lost = asked.failure = answer
+        elif _is_first_attempt(asked, answer):
+            asked.is_unknown, asked.failure = True, Unavailable(answer.message)
+            if asked.is_told:
+                asked.fail(
+                    Unavailable(
+                        f"shard {asked.call.shard} forgets clients faster than they can write to "
+                        "it; nothing was applied"
+                    )
+                )
         elif isinstance(answer, Unavailable | NotFound):
             # NotPrimary; or the server is gone, or has not loaded the shard yet.
             asked.failure = answer
@@ -338,6 +393,21 @@ def _next_group(waiting: deque[_Asked]) -> list[_Asked]:
         if not asked.answer.done():
             group.append(asked)
     return group
+
+
+def _place_of(call: Call) -> _Place:
+    return call.collection, call.shard
+
+
+def _is_first_attempt(asked: _Asked, refusal: ShoalError) -> bool:
+    """Says whether a call was refused as one of an unknown client that nobody sent before."""
+    return (
+        isinstance(refusal, Indeterminate)
+        and refusal.field == UNKNOWN_CLIENT
+        and asked.lost is None
+        and isinstance(asked.call, WriteCall)
+        and (asked.call.since is None or asked.is_told)
+    )
 
 
 def _primary_of(topology: Topology, asked: _Asked) -> ServerId | None:

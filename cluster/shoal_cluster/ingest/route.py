@@ -5,12 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal_cluster.domain.errors import InvalidRequest
-from shoal_cluster.domain.ids import PointId, ShardNumber
+from shoal_cluster.domain.ids import NO_SLOT, PointId, ShardNumber, Slot
 from shoal_cluster.domain.limits import KIB, WAL_RECORD_BYTES_MAX
 from shoal_cluster.domain.partition import shard_of_id, shard_of_value
-from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
-from shoal_cluster.ingest.validate import Batch, Tails, UpsertRequest
+from shoal_cluster.ingest.validate import (
+    Batch,
+    DeleteRequest,
+    DeleteWhereRequest,
+    PatchRequest,
+    Tails,
+    UpsertRequest,
+)
 from shoal_cluster.shard.calls import WriteCall, WriteKind
 from shoal_cluster.wal.record import OPERATION_BYTES
 
@@ -56,6 +62,7 @@ def route_upsert(
             tails=tails.encoded if everything else [tails.encoded[i] for i in rows],
             if_absent=request.if_absent,
             if_seqs=None if if_seqs is None else [if_seqs[i] for i in rows],
+            since=since_of(request),
             body=vectors.data.cast("B"),
         )
         _require_record_size(call)
@@ -64,7 +71,7 @@ def route_upsert(
 
 
 def route_ids(
-    name: RequestName,
+    request: PatchRequest | DeleteRequest,
     kind: WriteKind,
     ids: Sequence[bytes],
     schema: CollectionSchema,
@@ -88,16 +95,24 @@ def route_ids(
             call=WriteCall(
                 collection=schema.id,
                 shard=shard,
-                client_id=name.client_id,
-                request_no=name.request_no,
+                client_id=request.name.client_id,
+                request_no=request.name.request_no,
                 kind=kind,
                 ids=[ids[i] for i in rows],
                 patches=[patches[i] for i in rows] if patches else (),
+                since=since_of(request),
             ),
             rows=rows,
         )
         for shard, rows in grouped.items()
     ]
+
+
+def since_of(
+    request: UpsertRequest | PatchRequest | DeleteRequest | DeleteWhereRequest,
+) -> Slot | None:
+    """Returns `WriteCall.since`: when the client sent the request first is not known here."""
+    return NO_SLOT if request.again else None
 
 
 def rows_by_id(ids: Sequence[str], schema: CollectionSchema) -> dict[ShardNumber, list[int]]:

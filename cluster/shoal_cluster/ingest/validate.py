@@ -35,7 +35,7 @@ class UpsertRequest:
 
     vectors: (n, dimension) float32 as the caller gave them. payloads: UTF-8 JSON objects, b"" for
     none. if_absent: refuse when any id exists. if_seqs: refuse unless each id has this seq (0: does
-    not exist).
+    not exist). again: an earlier attempt may have been applied; the same in all requests.
     """
 
     collection: str
@@ -48,6 +48,7 @@ class UpsertRequest:
     if_absent: bool = False
     if_seqs: Sequence[int] | None = None
     model: EmbeddingModel | None = None
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,7 @@ class PatchRequest:
     ids: Sequence[str]
     attributes: Sequence[Mapping[str, object]]
     remove: Sequence[str] = ()
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +68,7 @@ class DeleteRequest:
     collection: str
     name: RequestName
     ids: Sequence[str]
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,7 @@ class DeleteWhereRequest:
     collection: str
     name: RequestName
     filter: Expression
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

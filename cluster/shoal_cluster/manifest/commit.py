@@ -67,7 +67,7 @@ class Manifests:
             floor_seq=Seq(0),
             floor_put_id=bytes(16),
             segments=(),
-            dedup=[],
+            dedup=[0, []],
             schema_version=0,
             sum=0,
         )

@@ -19,9 +19,15 @@ from typing import Any, ClassVar
 from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.domain.errors import from_wire as error_from_wire
 from shoal_cluster.domain.errors import to_wire as error_to_wire
-from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ShardNumber
+from shoal_cluster.domain.ids import NO_SLOT, CollectionId, Epoch, Seq, ShardNumber, Slot
 from shoal_cluster.domain.point import Tail
 from shoal_cluster.domain.session import ORIGIN, Consistency, Position
+
+UNKNOWN_CLIENT = "request_id.client_id"
+"""The field of the error that refuses a request because its client may have been forgotten."""
+
+AFTER_EVERY_SLOT = Slot((1 << 63) - 1)
+"""The `since` of a write whose conditions alone keep it from being carried out twice."""
 
 
 def rows_body(vectors: bytes | memoryview, tails: Sequence[Tail] | None) -> bytes:
@@ -112,17 +118,21 @@ class SearchCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AsOf:
-    """What a reply reflects. staleness_ms: since the replica was last known to be at the tail."""
+    """What a reply reflects. staleness_ms: since the replica was last known to be at the tail.
+
+    slot: of the last record it reflects.
+    """
 
     position: Position
     staleness_ms: float
+    slot: Slot = NO_SLOT
 
     def to_wire(self) -> list[Any]:
-        return [self.position.epoch, self.position.seq, self.staleness_ms]
+        return [self.position.epoch, self.position.seq, self.staleness_ms, self.slot]
 
     @staticmethod
     def from_wire(fields: Sequence[Any]) -> "AsOf":
-        return AsOf(position=Position(fields[0], fields[1]), staleness_ms=fields[2])
+        return AsOf(position=Position(fields[0], fields[1]), staleness_ms=fields[2], slot=fields[3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,6 +330,10 @@ class WriteCall:
     skipped. DELETE: ids. DELETE_WHERE: filter; removes at most DELETE_BY_FILTER_MAX rows.
     if_absent: refuse (Conflict) when any id exists. if_seqs: refuse unless each id's row has
     exactly this seq (0: absent).
+
+    since: a slot that was full before the request can have been carried out, NO_SLOT when none is
+    known, None when nobody sent it before its group. Decides what an unknown client's request is: a
+    first one, or one that may have been forgotten.
     """
 
     collection: CollectionId
@@ -333,6 +347,7 @@ class WriteCall:
     filter: Any = None
     if_absent: bool = False
     if_seqs: Sequence[int] | None = None
+    since: Slot | None = None
     body: bytes | memoryview = field(default=b"", repr=False)
 
     @property
@@ -354,10 +369,12 @@ class WriteCall:
             self.filter,
             self.if_absent,
             self.if_seqs,
+            self.since,
         ]
 
     @staticmethod
-    def from_wire(fields: Sequence[Any], body: bytes | memoryview) -> "WriteCall":
+    def from_wire(fields: Sequence[Any], body: bytes | memoryview, since: Slot) -> "WriteCall":
+        """since: if the call has none of its own."""
         return WriteCall(
             collection=fields[0],
             shard=fields[1],
@@ -370,21 +387,26 @@ class WriteCall:
             filter=fields[8],
             if_absent=fields[9],
             if_seqs=fields[10],
+            since=since if fields[11] is None else fields[11],
             body=body,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class WriteGroup:
-    """Writes to one shard that travel together. Each has its own fate, as if it had come alone."""
+    """Writes to one shard that travel together. Each has its own fate, as if it had come alone.
+
+    since: of the calls that have none of their own, known before the group was sent.
+    """
 
     METHOD: ClassVar[str] = "write"
     calls: Sequence[WriteCall]
+    since: Slot = NO_SLOT
 
     def to_wire(self) -> list[Any]:
         first = self.calls[0]
         calls = [[call.to_wire(), memoryview(call.body).nbytes] for call in self.calls]
-        return [first.collection, first.shard, calls]
+        return [first.collection, first.shard, calls, self.since]
 
     def bodies(self) -> list[bytes | memoryview]:
         return [call.body for call in self.calls]
@@ -395,9 +417,10 @@ class WriteGroup:
         start = 0
         rest = memoryview(body)
         for call_fields, size_bytes in fields[2]:
-            calls.append(WriteCall.from_wire(call_fields, rest[start : start + size_bytes]))
+            call_body = rest[start : start + size_bytes]
+            calls.append(WriteCall.from_wire(call_fields, call_body, fields[3]))
             start += size_bytes
-        return WriteGroup(calls)
+        return WriteGroup(calls, fields[3])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -405,16 +428,24 @@ class WriteReply:
     """position: of the request's last operation (merge it into the session token).
 
     first_seq: of its first operation. affected: rows written, patched or deleted. more: a
-    DELETE_WHERE left matching rows; send another with a fresh request number.
+    DELETE_WHERE left matching rows; send another with a fresh request number. slot: of its record.
     """
 
     position: Position
     first_seq: int
     affected: int
     more: bool = False
+    slot: Slot = NO_SLOT
 
     def to_wire(self) -> list[Any]:
-        return [self.position.epoch, self.position.seq, self.first_seq, self.affected, self.more]
+        return [
+            self.position.epoch,
+            self.position.seq,
+            self.first_seq,
+            self.affected,
+            self.more,
+            self.slot,
+        ]
 
     @staticmethod
     def from_wire(fields: Sequence[Any]) -> "WriteReply":
@@ -423,6 +454,7 @@ class WriteReply:
             first_seq=fields[2],
             affected=fields[3],
             more=fields[4],
+            slot=fields[5],
         )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from shoal_cluster.domain import limits
 from shoal_cluster.domain.errors import Conflict, InvalidRequest, Unavailable
-from shoal_cluster.domain.ids import Epoch, Seq
+from shoal_cluster.domain.ids import NO_SLOT, Epoch, Seq, Slot
 from shoal_cluster.domain.point import Vector, Vectors, decode_tail, encode_tail
 from shoal_cluster.filtering.attributes import keyword_bytes, require_keyword_bytes
 from shoal_cluster.filtering.expression import matches
@@ -119,7 +119,7 @@ class Composition:
         here), Unavailable, Indeterminate: the request adds nothing.
         """
         name = (call.client_id, call.request_no)
-        earlier = self._answers.get(name) or self._state.dedup.find(*name)
+        earlier = self._answers.get(name) or self._state.dedup.find(*name, call.since or NO_SLOT)
         if earlier is not None:
             return earlier
         self._check(call)
@@ -138,6 +138,7 @@ class Composition:
             first_seq=Seq(self._state.seq + 1 + first),
             affected=affected,
             more=operations.more,
+            slot=Slot(self._state.slot + 1),
         )
         self._marks.append(RequestMark(*name, first, affected, affected, operations.more))
         self._answers[name] = answer

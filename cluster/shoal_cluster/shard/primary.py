@@ -406,4 +406,5 @@ def _reply(answer: Answer) -> WriteReply:
         first_seq=answer.first_seq,
         affected=answer.affected,
         more=answer.more,
+        slot=answer.slot,
     )

@@ -114,7 +114,11 @@ class Replica:
 
     def as_of(self) -> AsOf:
         age_s = self.ports.clock.monotonic_s() - self._tail_seen_s
-        return AsOf(position=self.state.position, staleness_ms=max(0.0, age_s * 1000))
+        return AsOf(
+            position=self.state.position,
+            staleness_ms=max(0.0, age_s * 1000),
+            slot=self.state.slot,
+        )
 
     async def wait_for(self, level: ReadLevel) -> None:
         """Returns when the state satisfies the read level.

@@ -295,8 +295,10 @@ class ShardState:
                     first_seq=first,
                     affected=mark.affected,
                     more=mark.more,
+                    slot=record.slot,
                 ),
             )
+        self.dedup.make_room()
         self.seq = record.last_seq
 
     def _append_rows(self, memtable: Memtable, record: WalRecord, kept: Sequence[int]) -> None:

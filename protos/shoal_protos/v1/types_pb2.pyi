@@ -217,19 +217,27 @@ class RequestId(_message.Message):
 
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     REQUEST_NO_FIELD_NUMBER: _builtins.int
+    AGAIN_FIELD_NUMBER: _builtins.int
     client_id: _builtins.str
     """Chosen by the client when it starts; at most 64 bytes."""
     request_no: _builtins.int
-    """Strictly increasing within a client_id, from 1. A retry carries the number of the original."""
+    """Strictly increasing within a client_id, from 1, below 2^49. A retry carries the number of the
+    original.
+    """
+    again: _builtins.bool
+    """An earlier attempt of this request may have been applied. Must be set then: a shard that has
+    forgotten the client takes the request for a first one otherwise.
+    """
     def __init__(
         self,
         *,
         client_id: _builtins.str = ...,
         request_no: _builtins.int = ...,
+        again: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "request_no", b"request_no"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["again", b"again", "client_id", b"client_id", "request_no", b"request_no"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -111,6 +111,8 @@ def test_a_lost_stream_sends_every_unacknowledged_chunk_again_with_its_request_i
     assert {c.chunk_no: c.upsert.request_id.request_no for c in again} == {
         n: numbers[n] for n in (2, 3, 4)
     }
+    assert all(c.upsert.request_id.again for c in again), "they may have been applied"
+    assert not any(c.upsert.request_id.again for c in sent)
 
 
 def test_waiting_chunks_count_against_in_flight_so_the_source_is_not_read_ahead() -> None:

@@ -82,6 +82,7 @@ LOST = Indeterminate("lost", outcome="maybe_applied")
         (True, [LOST, Overloaded("y")], Indeterminate, "maybe_applied"),
         (True, [Unavailable("x"), LOST], Indeterminate, "maybe_applied"),
         (True, [Unavailable("x", outcome="maybe_applied")], Indeterminate, "maybe_applied"),
+        (False, [LOST], Unavailable, "not_applied"),
     ],
 )
 def test_when_time_is_up_the_error_says_what_is_known(
@@ -105,6 +106,11 @@ def test_a_refusal_after_a_lost_attempt_admits_that_it_may_have_been_applied() -
     assert isinstance(verdict.error, Conflict)
     assert verdict.error.outcome == "maybe_applied"
     assert "may have been applied" in str(verdict.error)
+
+
+def test_a_request_that_was_forgotten_is_not_sent_again() -> None:
+    forgotten = Indeterminate("x", outcome="maybe_applied", field="request_id.client_id")
+    assert attempts(is_write=True).failed(forgotten, 0.0) == GiveUp(forgotten)
 
 
 def test_one_hung_attempt_leaves_time_for_another() -> None:

@@ -190,15 +190,11 @@ def test_every_kind_of_error_is_the_same_over_both(tap: Wiretap, kind: str) -> N
         async with loopback(searching=Scripted(error)) as at:
             seen = []
             for transport in ("auto", "grpc"):
-                async with shoal.AsyncClient(
-                    at.server.address, timeout_s=0.2, transport=transport
-                ) as client:
+                async with shoal.AsyncClient(at.server.address, transport=transport) as client:
                     with pytest.raises(shoal.ShoalError) as caught:
                         await client.collection("docs").search(VECTOR, k=1)
                     seen.append((type(caught.value), vars(caught.value)))
-            if kind != "indeterminate":  # retried: how often depends on the clock
-                assert seen[0] == seen[1]
-            assert seen[0][0] is seen[1][0]
+            assert seen[0] == seen[1]
             assert tap.over_lanes
 
     run(scenario())

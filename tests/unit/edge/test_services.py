@@ -126,6 +126,49 @@ def attributes_of(batch: types_pb2.Rows) -> list[dict[str, object]]:
     return maps
 
 
+def test_every_write_says_whether_it_was_sent_before() -> None:
+    """A shard that has forgotten clients takes the ones for first attempts, and not the others."""
+
+    async def scenario() -> None:
+        async with loopback() as at:
+            await create(at, shards=1, partition_by="")
+            shard = at.cluster.shard(at.cluster.topology.collections["docs"].schema, 0)
+            stub = points_pb2_grpc.PointsStub(at.channel)
+            columns = [
+                types_pb2.AttributeColumn(
+                    name="size", rows=[0], int=types_pb2.IntValues(values=[5])
+                )
+            ]
+            size = types_pb2.Comparison(
+                attribute="size",
+                op=types_pb2.COMPARISON_OP_EQ,
+                value=types_pb2.FilterValue(int=5),
+            )
+            writes = {
+                stub.Upsert: points_pb2.UpsertRequest(rows=rows()),
+                stub.PatchAttributes: points_pb2.PatchAttributesRequest(ids=["a"], set=columns),
+                stub.Delete: points_pb2.DeleteRequest(ids=["a"]),
+                stub.DeleteByFilter: points_pb2.DeleteByFilterRequest(
+                    filter=types_pb2.Filter(comparison=size)
+                ),
+            }
+            for again in (True, False):
+                for write, request in writes.items():
+                    shard.answered.clear()
+                    shard.seq, shard.horizon = 50, 40
+                    request.collection = "docs"
+                    request.request_id.CopyFrom(request_id(7))
+                    request.request_id.again = again
+                    if not again:
+                        await write(request)
+                        continue
+                    with pytest.raises(grpc.aio.AioRpcError) as refused:
+                        await write(request)
+                    assert detail_of(refused.value).field == "request_id.client_id"
+
+    run(scenario())
+
+
 def test_a_collection_is_created_described_listed_altered_and_dropped() -> None:
     async def scenario() -> None:
         async with loopback() as at:

@@ -6,14 +6,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shoal_cluster.domain.errors import Conflict, Indeterminate, Overloaded, Unavailable
+from shoal_cluster.domain.errors import (
+    Conflict,
+    Indeterminate,
+    Outcome,
+    Overloaded,
+    Unavailable,
+)
 from shoal_cluster.domain.ids import ServerId
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import Metric
+from shoal_cluster.filtering.expression import Comparison, Operator
 from shoal_cluster.ingest import primary_calls
 from shoal_cluster.ingest.execute import Writer
-from shoal_cluster.ingest.validate import UpsertRequest
-from tests.unit.query.fake_cluster import FakeCluster, a_schema
+from shoal_cluster.ingest.validate import DeleteWhereRequest, UpsertRequest
+from tests.unit.query.fake_cluster import Behaviour, FakeCluster, a_schema
 from tests.unit.shard.nodes import LoopClock, run
 
 TAKEOVER_S = 3.0
@@ -191,5 +198,105 @@ def test_a_caller_that_leaves_while_in_line_has_written_nothing():
         cluster.hanging.clear()
         await asyncio.gather(*writing)
         assert 3 not in {call.message.request_no for call in cluster.calls}
+
+    run(scenario())
+
+
+def a_forgetful_cluster(horizon: int):
+    """A living primary whose shard has forgotten clients that wrote before `horizon`."""
+    cluster, writer = a_cluster()
+    cluster.hanging.clear()
+    shard = cluster.shard(cluster.topology.collections["docs"].schema, 0)
+    shard.seq, shard.horizon = 50, horizon
+    return cluster, writer, shard
+
+
+def test_a_first_attempt_is_taken_for_one_though_the_coordinator_has_heard_nothing_yet():
+    async def scenario():
+        cluster, writer, shard = a_forgetful_cluster(horizon=40)
+        result = await writer.upsert(upsert(), timeout_s=60)
+        assert result.seqs == [51]
+        assert [call.method for call in cluster.calls] == ["write", "get", "write"]
+        assert [call.message.since for call in cluster.methods("write")] == [0, 50]
+        shard.horizon = 51
+        await writer.upsert(replace(upsert(), name=RequestName("another", 1)), timeout_s=60)
+        assert len(cluster.calls) == 4, "now it knows how far the shard is"
+
+    run(scenario())
+
+
+def test_a_request_sent_before_is_not_taken_for_a_first_one_by_a_shard_that_forgot():
+    async def scenario():
+        cluster, writer, shard = a_forgetful_cluster(horizon=40)
+        with pytest.raises(Indeterminate) as refused:
+            await writer.upsert(replace(upsert(), again=True), timeout_s=60)
+        assert refused.value.field == "request_id.client_id"
+        assert refused.value.outcome is Outcome.MAYBE_APPLIED
+        assert [call.message.since for call in cluster.calls] == [0]
+        assert not shard.rows
+        shard.horizon = 0  # nobody was ever forgotten, so that it is unknown says enough
+        await writer.upsert(replace(upsert(), again=True), timeout_s=60)
+
+    run(scenario())
+
+
+def test_a_lost_attempt_is_sent_again_with_what_was_known_before_it():
+    """Were the slot newer, the shard could take the second attempt for a first one."""
+
+    async def scenario():
+        cluster, writer, shard = a_forgetful_cluster(horizon=0)
+        await writer.upsert(replace(upsert(), name=RequestName("another", 1)), timeout_s=60)
+        cluster.scripts[ServerId("a")].append(Behaviour.LOSE_REPLY)
+        writing = asyncio.ensure_future(writer.upsert(upsert(), timeout_s=60))
+        while len(cluster.calls) < 2:
+            await asyncio.sleep(0)
+        await writer.upsert(replace(upsert(), name=RequestName("another", 2)), timeout_s=60)
+        await writing
+        sent = [call.message for call in cluster.methods("write")]
+        assert [call.since for call in sent if call.client_id == "client"] == [51, 51]
+        assert shard.seq == 53, "applied once"
+
+    run(scenario())
+
+
+def test_a_lost_attempt_that_is_then_refused_is_unknown():
+    async def scenario():
+        cluster, writer, shard = a_forgetful_cluster(horizon=0)
+
+        cluster.scripts[ServerId("a")].append(Behaviour.LOSE_REPLY)
+        writing = asyncio.ensure_future(writer.upsert(upsert(), timeout_s=60))
+        while not shard.rows:
+            await asyncio.sleep(0)
+        shard.answered.clear()
+        shard.horizon = 60
+        with pytest.raises(Indeterminate) as refused:
+            await writing
+        assert refused.value.field == "request_id.client_id"
+        assert [call.method for call in cluster.calls] == ["write", "write"]
+
+    run(scenario())
+
+
+def test_the_passes_of_a_delete_sent_again_are_sent_since_the_pass_before_them():
+    async def scenario():
+        cluster, writer, shard = a_forgetful_cluster(horizon=0)
+        rows = {"ids": [f"p{n}" for n in range(9)], "vectors": np.ones((9, 4), dtype=np.float32)}
+        attributes = [{"size": 1}] * 9
+        await writer.upsert(replace(upsert(), attributes=attributes, **rows), timeout_s=60)
+        shard.delete_where_max = 4
+        request = DeleteWhereRequest(
+            collection="docs",
+            name=RequestName("client", 2),
+            filter=Comparison("size", Operator.EQ, 1),
+        )
+        cluster.scripts[ServerId("a")] += [None, Indeterminate("lost", field="made up")]
+        with pytest.raises(Indeterminate):
+            await writer.delete_where(request, timeout_s=60)
+        shard.horizon = 61  # somebody was forgotten since, but not after the first pass
+        result = await writer.delete_where(replace(request, again=True), timeout_s=60)
+        assert result.affected == 9
+        assert not shard.rows
+        again = [call.message for call in cluster.methods("write")][-3:]
+        assert [call.since for call in again] == [0, 63, 67]
 
     run(scenario())

@@ -54,7 +54,7 @@ MANIFEST = Manifest(
     floor_seq=Seq(30),
     floor_put_id=put_id(99),
     segments=(SEGMENT,),
-    dedup=[["client", 0, [[1, 1, 3, 1, 3, False]]]],
+    dedup=[0, [["client", 1, 0, 0, 9, [[1, 1, 3, 1, 3, False, 9]]]]],
     schema_version=1,
     sum=77,
 )

@@ -23,7 +23,7 @@ from shoal_cluster.domain.errors import (
     ShoalError,
     Unavailable,
 )
-from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ServerId, ShardNumber
+from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ServerId, ShardNumber, Slot
 from shoal_cluster.domain.point import NO_PROVENANCE, decode_tail, encode_tail
 from shoal_cluster.domain.schema import AttributeType, CollectionSchema, Metric
 from shoal_cluster.domain.session import Position
@@ -32,6 +32,7 @@ from shoal_cluster.domain.topology import CollectionPlace, ShardPlace, Topology
 from shoal_cluster.filtering.expression import matches
 from shoal_cluster.filtering.wire import from_wire
 from shoal_cluster.shard.calls import (
+    UNKNOWN_CLIENT,
     AsOf,
     CountCall,
     CountReply,
@@ -79,19 +80,23 @@ class StoredRow:
 
 @dataclass(slots=True)
 class FakeShard:
-    """The rows of one shard, with the semantics of shard/calls.py."""
+    """The rows of one shard, with the semantics of shard/calls.py.
+
+    horizon: unknown clients may have written before it, counted in sequence numbers here.
+    """
 
     schema: CollectionSchema
     number: ShardNumber
     rows: dict[bytes, StoredRow] = field(default_factory=dict)
     seq: int = 0
     answered: dict[tuple[str, int], WriteReply] = field(default_factory=dict)
+    horizon: int = 0
     delete_where_max: int = 10_000
     rows_per_reply_max: int = 10_000
     bounded_shards: set[int] = field(default_factory=set)
 
     def as_of(self) -> AsOf:
-        return AsOf(position=Position(EPOCH, Seq(self.seq)), staleness_ms=3.5)
+        return AsOf(position=Position(EPOCH, Seq(self.seq)), staleness_ms=3.5, slot=Slot(self.seq))
 
     def matching(self, filter_wire: Any) -> list[bytes]:
         if filter_wire is None:
@@ -148,6 +153,9 @@ class FakeShard:
     def write(self, call: WriteCall) -> WriteReply:
         name = (call.client_id, call.request_no)
         if name not in self.answered:
+            known = any(client == call.client_id for client, _ in self.answered)
+            if not known and (call.since or 0) < self.horizon:
+                raise Indeterminate("nothing is known of the client", field=UNKNOWN_CLIENT)
             self.answered[name] = self._apply(call)
         return self.answered[name]
 
@@ -180,7 +188,11 @@ class FakeShard:
                 self.seq += 1
                 affected += self.rows.pop(point_id, None) is not None
         return WriteReply(
-            position=Position(EPOCH, Seq(self.seq)), first_seq=first, affected=affected, more=more
+            position=Position(EPOCH, Seq(self.seq)),
+            first_seq=first,
+            affected=affected,
+            more=more,
+            slot=Slot(self.seq),
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shoal_cluster.domain.errors import InvalidRequest, NotPrimary, Unavailable
-from shoal_cluster.domain.ids import ShardNumber
+from shoal_cluster.domain.ids import NO_SLOT, ShardNumber
 from shoal_cluster.domain.observation import ReplicaReport, ReplicaState
 from shoal_cluster.domain.schema import AttributeType
 from shoal_cluster.domain.session import Position
@@ -58,7 +58,9 @@ def test_calls_travel_as_messages_and_are_answered(tmp_path):
     async def scenario():
         host = await led(tmp_path)
         call = upsert(1, {"a": 1, "b": 2, "c": 3})
-        reply = await write(host, WriteCall.from_wire(call.to_wire(), memoryview(call.body)))
+        reply = await write(
+            host, WriteCall.from_wire(call.to_wire(), memoryview(call.body), NO_SLOT)
+        )
         assert reply.position == Position(1, 3)
 
         frame = b"?" + vector(1.2).tobytes()  # a body that is aligned for nothing

@@ -1,6 +1,7 @@
 """Primary: order, group commit, acknowledgement, and the end of an epoch."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -499,5 +500,59 @@ def test_an_epoch_is_claimed_once_and_grows(tmp_path):
             epochs.append(node.primary.epoch)
             await node.crash()
         assert epochs == [Epoch(1), Epoch(2), Epoch(3)]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_retry_of_a_forgotten_client_brings_no_deleted_point_back(tmp_path, monkeypatch, sealed):
+    """Its first reply was lost; others wrote so much meanwhile that the shard has forgotten it.
+
+    sealed: the next primary knows it from the manifest only.
+    """
+    monkeypatch.setattr(limits, "DEDUP_CLIENTS_MAX", 8)
+
+    async def scenario():
+        shard = await Shard(tmp_path).create()
+        node = await shard.lead()
+        call = upsert(1, {"x": 1}, client="waiting")
+        first = await node.write(call)
+        await node.write(delete(1, "x", client="other"))
+        for number in range(9):
+            newcomer = upsert(1, {f"p{number}": number}, client=f"client-{number}")
+            await node.write(replace(newcomer, since=node.replica.state.slot))
+        if sealed:
+            await node.seal()
+            await node.crash()
+            node = await shard.lead()
+        for since in (0, first.slot - 1):
+            with pytest.raises(Indeterminate, match="cannot be told") as refused:
+                await node.write(replace(call, since=Slot(since)))
+            assert refused.value.field == "request_id.client_id"
+        assert "x" not in points_of(node.replica)
+        newcomer = replace(upsert(1, {"n": 1}, client="newcomer"), since=node.replica.state.slot)
+        assert (await node.write(newcomer)).affected == 1
+        assert (await node.write(newcomer)).affected == 1
+        await node.crash()
+
+    run(scenario())
+
+
+def test_busy_writers_do_not_push_out_the_answer_that_somebody_waits_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "DEDUP_CLIENTS_MAX", 16)
+    monkeypatch.setattr(limits, "DEDUP_REQUESTS_MAX", 64)
+
+    async def scenario():
+        node = await (await Shard(tmp_path).create()).lead()
+        call = upsert(7, {"x": 1}, client="waiting")
+        first = await node.write(call)
+        await node.write(delete(1, "x", client="other"))
+        for number in range(1, 40):
+            writes = (upsert(number, {f"p{c}": number}, client=f"client-{c}") for c in range(8))
+            await asyncio.gather(*map(node.write, writes))
+        assert await node.write(call) == first
+        assert "x" not in points_of(node.replica)
+        assert len(node.replica.state.dedup) == 64
+        await node.crash()
 
     run(scenario())
