@@ -5,11 +5,12 @@ from collections.abc import (
     Mapping,
 )
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from shoal.async_collection import AsyncCollection
 from shoal.async_connection import AsyncConnection
-from shoal.calls import Calls
+from shoal.calls import Calls, call_of
+from shoal.errors import ShoalError
 from shoal.retry import DEFAULT_RETRIES, RetryPolicy
 from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S, TransportName
 from shoal.schema import (
@@ -137,6 +138,16 @@ class AsyncClient:
     async def drop_collection(self, name: str, *, timeout_s: float | None = None) -> None:
         """Removes a collection and everything in it."""
         await self._connection.run(self._calls.drop_collection(name), timeout_s)
+
+    async def resolve(self, error: ShoalError, *, timeout_s: float | None = None) -> Any:
+        """Finds out what became of a write whose `error.outcome` is "maybe_applied".
+
+        Sends the same request again, which is applied at most once, and returns what the write
+        would have returned (the schema, for create_collection). Raises a ShoalError when it is
+        refused, or still unknown: then it may be resolved again. For errors of bulk_upsert call
+        that again instead.
+        """
+        return await self._connection.run(call_of(error), timeout_s)
 
     async def status(
         self, collection: str = "", *, timeout_s: float | None = None

@@ -90,11 +90,11 @@ class AsyncConnection:
             except ShoalError as error:
                 verdict = attempts.failed(error, time.monotonic())
                 if isinstance(verdict, GiveUp):
-                    raise verdict.error from error.__cause__
+                    raise call.ended(verdict.error) from error.__cause__
                 if attempts.maybe_applied:
                     call.note_maybe_applied()
                 if self._closed:
-                    raise
+                    raise call.ended(error) from error.__cause__
                 if verdict.elsewhere:
                     self._addresses.leave(route.address)
                 await asyncio.sleep(verdict.wait_s)
@@ -103,7 +103,7 @@ class AsyncConnection:
                 if not self._closed or _is_cancelling():
                     raise
                 lost = error_of_lost_call(CLOSED, is_write=call.is_write)
-                raise lost from cancelled
+                raise call.ended(lost) from cancelled
             else:
                 return call.decode(response)
 

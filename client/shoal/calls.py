@@ -31,7 +31,7 @@ from shoal.batches import (
     conditions_of,
 )
 from shoal.bulk import BATCH_SIZE_MAX, CHUNK_BYTES_MAX, Upload
-from shoal.errors import Internal, InvalidRequest
+from shoal.errors import Internal, InvalidRequest, ShoalError
 from shoal.filters import Filter
 from shoal.point import Point
 from shoal.results import (
@@ -105,6 +105,27 @@ class Call(Generic[Reply]):
     def note_maybe_applied(self) -> None:
         request: Any = self.request
         request.request_id.again = True
+
+    def ended(self, error: ShoalError) -> ShoalError:
+        """Returns the error a call ended with; if the result is unknown, with the call in it."""
+        if self.is_write and error.outcome == "maybe_applied":
+            self.note_maybe_applied()
+            error.request = self
+        return error
+
+
+def call_of(error: ShoalError) -> Call[Any]:
+    """Returns the write whose result is unknown.
+
+    Raises: InvalidRequest when the error is about none.
+    """
+    if not isinstance(error.request, Call):
+        raise InvalidRequest(
+            f"the error carries no write to resolve: {error}; only one whose outcome is "
+            "'maybe_applied' does, and none of bulk_upsert",
+            field="error",
+        )
+    return error.request
 
 
 class Calls:

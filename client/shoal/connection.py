@@ -93,11 +93,11 @@ class Connection:
             except ShoalError as error:
                 verdict = attempts.failed(error, time.monotonic())
                 if isinstance(verdict, GiveUp):
-                    raise verdict.error from error.__cause__
+                    raise call.ended(verdict.error) from error.__cause__
                 if attempts.maybe_applied:
                     call.note_maybe_applied()
                 if self._closed:
-                    raise
+                    raise call.ended(error) from error.__cause__
                 if verdict.elsewhere:
                     self._addresses.leave(route.address)
                 time.sleep(verdict.wait_s)

@@ -28,10 +28,11 @@ class ShoalError(Exception):
     message: lower case, with the values. outcome: whether a write may have been applied all the
     same. field: the offending field of the request, dotted. limit: the bound that was exceeded, as
     text with its unit. retry_after_ms: how long the server asks to wait. attempts: how often the
-    request was sent.
+    request was sent. request: the write whose result is unknown, for `Client.resolve`; else None.
     """
 
     kind: ClassVar[str] = "internal"
+    request: object | None = None
 
     def __init__(
         self,
@@ -96,7 +97,10 @@ class Unavailable(ShoalError):
 
 
 class Indeterminate(ShoalError):
-    """The write may or may not have been applied; read it back, or repeat it if harmless."""
+    """The write may or may not have been applied; `Client.resolve` finds out.
+
+    With `field` "request_id.…" the cluster no longer knows either: read the points.
+    """
 
     kind = "indeterminate"
 
