@@ -50,10 +50,12 @@ from shoal.schema import (
     CollectionDescription,
     CollectionSchema,
     Model,
+    TierName,
     declarations,
     model_to_proto,
     schema_from_proto,
     schema_to_proto,
+    tier_to_proto,
 )
 from shoal.session import Sessions, token_from_proto
 from shoal.vectors import VectorLike, Vectors, VectorsLike, to_vector, to_vectors
@@ -183,6 +185,7 @@ class Calls:
         recall_target: float | None,
         chunking_rule: str | None,
         model: Model | None,
+        tier: TierName | None,
         if_version: int | None,
     ) -> Call[CollectionSchema]:
         with Sending("alter"):
@@ -195,6 +198,7 @@ class Calls:
                 chunking_rule=chunking_rule,
                 model=model_to_proto(model),
                 if_version=if_version,
+                tier=types_pb2.MEMORY_TIER_UNSPECIFIED if tier is None else tier_to_proto(tier),
             )
         return Call(
             method=Method.ALTER_COLLECTION,

@@ -16,6 +16,8 @@ from shoal.schema import (
     CollectionSchema,
     MetricName,
     Model,
+    StorageName,
+    TierName,
 )
 from shoal_protos.v1 import admin_pb2
 
@@ -73,6 +75,8 @@ class Client:
         recall_target: float = 0.95,
         model: Model | None = None,
         chunking_rule: str = "",
+        storage: StorageName = "float32",
+        tier: TierName = "compact",
         timeout_s: float | None = None,
     ) -> Collection:
         """Creates a collection and returns a handle on it.
@@ -80,7 +84,8 @@ class Client:
         attributes: what can be filtered on, by name; partition_by: the keyword attribute whose
         value chooses a point's shard, None for the id. recall_target: share of the true nearest
         neighbours a search must find. model: (name, version) of the model that makes the vectors;
-        writes and queries that name another are refused.
+        writes and queries that name another are refused. storage: float16 halves what vectors take
+        and rounds them. tier: what is held in memory, see CollectionSchema.
         """
         schema = CollectionSchema(
             name=name,
@@ -93,6 +98,8 @@ class Client:
             recall_target=recall_target,
             model=model,
             chunking_rule=chunking_rule,
+            storage=storage,
+            tier=tier,
         )
         self._connection.run(self._calls.create_collection(schema), timeout_s)
         return self.collection(name, model=model)
@@ -120,6 +127,7 @@ class Client:
         recall_target: float | None = None,
         chunking_rule: str | None = None,
         model: Model | None = None,
+        tier: TierName | None = None,
         if_version: int | None = None,
         timeout_s: float | None = None,
     ) -> CollectionSchema:
@@ -134,6 +142,7 @@ class Client:
             recall_target=recall_target,
             chunking_rule=chunking_rule,
             model=model,
+            tier=tier,
             if_version=if_version,
         )
         return self._connection.run(call, timeout_s)

@@ -2,12 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 from shoal.errors import Internal, InvalidRequest
 from shoal_protos.v1 import collections_pb2, types_pb2
 
+T = TypeVar("T")
+
 MetricName = Literal["cosine", "dot", "l2"]
+StorageName = Literal["float32", "float16"]
+TierName = Literal["full", "compact", "disk"]
 AttributeTypeName = Literal["keyword", "keyword_list", "int", "float", "bool", "timestamp"]
 
 Model = tuple[str, str]
@@ -26,6 +30,23 @@ ATTRIBUTE_TYPES: Mapping[str, types_pb2.AttributeType.ValueType] = {
     "bool": types_pb2.ATTRIBUTE_TYPE_BOOL,
     "timestamp": types_pb2.ATTRIBUTE_TYPE_TIMESTAMP,
 }
+STORAGES: Mapping[str, types_pb2.VectorStorage.ValueType] = {
+    "float32": types_pb2.VECTOR_STORAGE_FLOAT32,
+    "float16": types_pb2.VECTOR_STORAGE_FLOAT16,
+}
+TIERS: Mapping[str, types_pb2.MemoryTier.ValueType] = {
+    "full": types_pb2.MEMORY_TIER_FULL,
+    "compact": types_pb2.MEMORY_TIER_COMPACT,
+    "disk": types_pb2.MEMORY_TIER_DISK,
+}
+_STORAGE_NAMES: dict[int, StorageName] = {
+    types_pb2.VECTOR_STORAGE_UNSPECIFIED: "float32",
+    **{STORAGES[name]: name for name in get_args(StorageName)},
+}
+_TIER_NAMES: dict[int, TierName] = {
+    types_pb2.MEMORY_TIER_UNSPECIFIED: "compact",
+    **{TIERS[name]: name for name in get_args(TierName)},
+}
 _METRIC_NAMES: dict[int, MetricName] = {METRICS[name]: name for name in get_args(MetricName)}
 _TYPE_NAMES: dict[int, AttributeTypeName] = {
     ATTRIBUTE_TYPES[name]: name for name in get_args(AttributeTypeName)
@@ -38,7 +59,9 @@ class CollectionSchema:
 
     attributes: declared attributes in declaration order. partition_by: the keyword attribute whose
     value chooses a point's shard, None when the id does. id is never used for another collection;
-    version counts alterations from 1.
+    version counts alterations from 1. storage: how a value is kept; float16 halves what vectors
+    take and rounds them when they are written. tier: what is in memory, the vectors too (full),
+    codes alone with vectors in the page cache (compact), or codes alone with vectors on disk.
     """
 
     name: str
@@ -53,6 +76,8 @@ class CollectionSchema:
     chunking_rule: str = ""
     id: str = ""
     version: int = 0
+    storage: StorageName = "float32"
+    tier: TierName = "compact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,17 +115,11 @@ def declarations(
 
 
 def schema_to_proto(schema: CollectionSchema) -> collections_pb2.CollectionSchema:
-    """Raises: InvalidRequest for an unknown metric or attribute type."""
-    if schema.metric not in METRICS:
-        raise InvalidRequest(
-            f"metric {schema.metric!r} is not known",
-            field="metric",
-            limit=f"one of {', '.join(METRICS)}",
-        )
+    """Raises: InvalidRequest for an unknown metric, storage, tier or attribute type."""
     return collections_pb2.CollectionSchema(
         name=schema.name,
         dimension=schema.dimension,
-        metric=METRICS[schema.metric],
+        metric=_known(METRICS, schema.metric, "metric"),
         attributes=declarations(schema.attributes),
         partition_by=schema.partition_by or "",
         shards=schema.shards,
@@ -108,17 +127,32 @@ def schema_to_proto(schema: CollectionSchema) -> collections_pb2.CollectionSchem
         recall_target=schema.recall_target,
         model=model_to_proto(schema.model),
         chunking_rule=schema.chunking_rule,
+        storage=_known(STORAGES, schema.storage, "storage"),
+        tier=tier_to_proto(schema.tier),
     )
 
 
+def tier_to_proto(tier: TierName) -> types_pb2.MemoryTier.ValueType:
+    """Raises: InvalidRequest listing the tiers there are."""
+    return _known(TIERS, tier, "tier")
+
+
+def _known(numbers: Mapping[str, T], name: str, field: str) -> T:
+    if name not in numbers:
+        raise InvalidRequest(
+            f"{field} {name!r} is not known", field=field, limit=f"one of {', '.join(numbers)}"
+        )
+    return numbers[name]
+
+
 def schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionSchema:
-    """Raises: Internal when the server speaks of a metric or type this version does not know."""
+    """Raises: Internal when the server speaks of an enum value this version does not know."""
     try:
         return _schema_from_proto(message)
     except KeyError as error:
         raise Internal(
-            f"collection {message.name!r} has a metric or an attribute type (number {error}) that "
-            "this version of the SDK does not know; install the server's version"
+            f"collection {message.name!r} has a metric, storage, tier or attribute type (number "
+            f"{error}) that this version of the SDK does not know; install the server's version"
         ) from error
 
 
@@ -137,4 +171,6 @@ def _schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionS
         chunking_rule=message.chunking_rule,
         id=message.id,
         version=message.version,
+        storage=_STORAGE_NAMES[message.storage],
+        tier=_TIER_NAMES[message.tier],
     )

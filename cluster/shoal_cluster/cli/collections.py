@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 import click
 
 import shoal
-from shoal.schema import AttributeTypeName, MetricName, Model
+from shoal.schema import AttributeTypeName, MetricName, Model, StorageName, TierName
 from shoal_cluster.cli.output import Table
 from shoal_cluster.cli.session import Session, client_options, shoal_command
 from shoal_cluster.domain.limits import RECALL_TARGET_MAX, RECALL_TARGET_MIN
@@ -55,6 +55,12 @@ _model_option = click.option(
     callback=_parse_model,
     help="Embedding model; vectors of another are refused.",
 )
+_tier_option = click.option(
+    "--tier",
+    type=click.Choice(get_args(TierName)),
+    help="What is in memory: vectors too (full), codes with vectors in the page cache (compact, "
+    "the default), codes with vectors on disk (disk).",
+)
 _chunking_option = click.option("--chunking-rule", help="How documents were cut, in your words.")
 
 
@@ -80,6 +86,14 @@ def collection() -> None:
 @click.option("--partition-by", help="Keyword attribute whose value chooses the shard.")
 @click.option("--shards", type=int, default=1, show_default=True)
 @click.option("--replicas", type=int, default=1, show_default=True, help="Copies of each shard.")
+@click.option(
+    "--storage",
+    type=click.Choice(get_args(StorageName)),
+    default="float32",
+    show_default=True,
+    help="How a value is kept; float16 rounds it when it is written.",
+)
+@_tier_option
 @_recall_option
 @_model_option
 @_chunking_option
@@ -94,12 +108,14 @@ def create(
     partition_by: str | None,
     shards: int,
     replicas: int,
+    storage: StorageName,
+    tier: TierName | None,
     recall_target: float | None,
     model: Model | None,
     chunking_rule: str | None,
 ) -> None:
     """Creates a collection."""
-    optional = _given(recall_target=recall_target, chunking_rule=chunking_rule)
+    optional = _given(tier=tier, recall_target=recall_target, chunking_rule=chunking_rule)
     with session.connect() as client:
         client.create_collection(
             collection_name,
@@ -109,6 +125,7 @@ def create(
             partition_by=partition_by,
             shards=shards,
             replicas=replicas,
+            storage=storage,
             model=model,
             **optional,
         )
@@ -176,6 +193,7 @@ def describe(session: Session, collection_name: str) -> None:
     help="Repeatable.",
 )
 @click.option("--replicas", type=int, help="Copies of each shard.")
+@_tier_option
 @_recall_option
 @_model_option
 @_chunking_option
@@ -187,6 +205,7 @@ def alter(
     collection_name: str,
     attributes: Mapping[str, AttributeTypeName],
     replicas: int | None,
+    tier: TierName | None,
     recall_target: float | None,
     model: Model | None,
     chunking_rule: str | None,
@@ -201,6 +220,7 @@ def alter(
             recall_target=recall_target,
             chunking_rule=chunking_rule,
             model=model,
+            tier=tier,
             if_version=if_version,
         )
         described = client.describe_collection(collection_name)
@@ -244,6 +264,8 @@ def _show(session: Session, described: shoal.CollectionDescription) -> None:
         ("replicas", str(schema.replicas)),
         ("partition by", schema.partition_by or "(point id)"),
         ("recall target", f"{schema.recall_target:g}"),
+        ("vector storage", schema.storage),
+        ("memory tier", schema.tier),
         ("model", _model_text(schema.model)),
         ("chunking rule", schema.chunking_rule or "-"),
         ("schema version", str(schema.version)),

@@ -1,7 +1,8 @@
 """What a collection is: its vectors, attributes, routing and versions. Pure values.
 
-Changing `dimension`, `metric`, `partition_by` or `shards` of a living collection is not possible;
-`alter` may add attributes and change replicas, recall target and descriptive versions.
+Changing `dimension`, `metric`, `storage`, `partition_by` or `shards` of a living collection is not
+possible; `alter` may add attributes and change replicas, recall target, tier and descriptive
+versions.
 """
 
 import enum
@@ -22,6 +23,29 @@ class Metric(enum.Enum):
     COSINE = "cosine"
     DOT = "dot"
     L2 = "l2"
+
+
+class VectorStorage(enum.Enum):
+    """How a value of a stored vector is kept. Keys are computed in float32 either way."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    """Values are rounded once, before they are acknowledged: every copy holds the same."""
+
+    @property
+    def value_bytes(self) -> int:
+        return 4 if self is VectorStorage.FLOAT32 else 2
+
+
+class MemoryTier(enum.Enum):
+    """What of a segment is in memory (docs/design/index-families.md)."""
+
+    FULL = "full"
+    """Codes and vectors."""
+    COMPACT = "compact"
+    """Codes; the vectors' file is mapped and the page cache keeps what fits."""
+    DISK = "disk"
+    """Codes; rows to rescore are asked of the disk together, and nothing around them is read."""
 
 
 class AttributeType(enum.Enum):
@@ -66,6 +90,8 @@ class CollectionSchema:
     model: EmbeddingModel | None = None
     chunking_rule: str = ""
     version: int = 1
+    storage: VectorStorage = VectorStorage.FLOAT32
+    tier: MemoryTier = MemoryTier.COMPACT
 
     def to_wire(self) -> dict[str, Any]:
         """Returns a msgpack-able map; `from_wire` reverses it exactly."""
@@ -82,6 +108,8 @@ class CollectionSchema:
             "model": None if self.model is None else [self.model.name, self.model.version],
             "chunking_rule": self.chunking_rule,
             "version": self.version,
+            "storage": self.storage.value,
+            "tier": self.tier.value,
         }
 
     @staticmethod
@@ -100,6 +128,8 @@ class CollectionSchema:
             model=None if model is None else EmbeddingModel(name=model[0], version=model[1]),
             chunking_rule=fields["chunking_rule"],
             version=fields["version"],
+            storage=VectorStorage(fields["storage"]),
+            tier=MemoryTier(fields["tier"]),
         )
 
 

@@ -8,6 +8,7 @@ from shoal_cluster.domain.schema import (
     AttributeType,
     CollectionSchema,
     EmbeddingModel,
+    MemoryTier,
     validate_schema,
 )
 
@@ -23,6 +24,7 @@ class SchemaChange:
     chunking_rule: str | None = None
     model: EmbeddingModel | None = None
     if_version: int | None = None
+    tier: MemoryTier | None = None
 
 
 def apply_change(schema: CollectionSchema, change: SchemaChange) -> CollectionSchema:
@@ -62,6 +64,7 @@ def apply_change(schema: CollectionSchema, change: SchemaChange) -> CollectionSc
             schema.chunking_rule if change.chunking_rule is None else change.chunking_rule
         ),
         model=schema.model if change.model is None else change.model,
+        tier=schema.tier if change.tier is None else change.tier,
     )
     if altered == schema:
         return schema

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.point import Vectors
-from shoal_cluster.domain.schema import EmbeddingModel, Metric
+from shoal_cluster.domain.schema import EmbeddingModel, Metric, VectorStorage
 
 Norms = npt.NDArray[np.float64]
 
@@ -69,6 +69,30 @@ def prepare_vectors(
     norms = np.sqrt(squared)
     norms[np.abs(squared - 1) < _UNIT_TOLERANCE] = 1
     return vectors / norms[:, np.newaxis], norms.astype(np.float64)
+
+
+def as_stored(vectors: Vectors, storage: VectorStorage, *, field: Callable[[int], str]) -> Vectors:
+    """Returns the vectors as every copy of them will read: float32, rounded if stored narrower.
+
+    vectors: as `prepare_vectors` returns them. Rounding here, before anything is acknowledged,
+    makes log, memtable and segment agree on every value, and so on every key. field: as there.
+
+    Raises: InvalidRequest when a value is too large to be stored (nothing was applied).
+    """
+    if storage is VectorStorage.FLOAT32:
+        return vectors
+    with np.errstate(over="ignore"):
+        rounded = vectors.astype(np.float16)
+    finite = np.isfinite(rounded)
+    if not finite.all():
+        row = int(np.argmin(finite.all(axis=1)))
+        column = int(np.argmin(finite[row]))
+        raise InvalidRequest(
+            f"the vector holds {vectors[row, column]:g} at position {column}, which float16 cannot",
+            field=field(row),
+            limit=f"values up to {np.finfo(np.float16).max:g}",
+        )
+    return rounded.astype(np.float32)
 
 
 def require_dimension(vectors: Vectors, dimension: int, collection: str, *, field: str) -> None:

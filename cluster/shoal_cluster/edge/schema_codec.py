@@ -10,7 +10,9 @@ from shoal_cluster.domain.schema import (
     AttributeType,
     CollectionSchema,
     EmbeddingModel,
+    MemoryTier,
     Metric,
+    VectorStorage,
     validate_schema,
 )
 from shoal_cluster.domain.schema_change import SchemaChange
@@ -31,6 +33,21 @@ _METRICS: Mapping[int, Metric] = {
     pb.METRIC_L2: Metric.L2,
 }
 _METRIC_NUMBERS = {metric: number for number, metric in _METRICS.items()}
+
+_STORAGES: Mapping[int, VectorStorage] = {
+    pb.VECTOR_STORAGE_UNSPECIFIED: VectorStorage.FLOAT32,
+    pb.VECTOR_STORAGE_FLOAT32: VectorStorage.FLOAT32,
+    pb.VECTOR_STORAGE_FLOAT16: VectorStorage.FLOAT16,
+}
+_STORAGE_NUMBERS = {storage: number for number, storage in _STORAGES.items()}
+
+_TIERS: Mapping[int, MemoryTier] = {
+    pb.MEMORY_TIER_UNSPECIFIED: MemoryTier.COMPACT,
+    pb.MEMORY_TIER_FULL: MemoryTier.FULL,
+    pb.MEMORY_TIER_COMPACT: MemoryTier.COMPACT,
+    pb.MEMORY_TIER_DISK: MemoryTier.DISK,
+}
+_TIER_NUMBERS = {tier: number for number, tier in _TIERS.items()}
 
 _ATTRIBUTE_TYPES: Mapping[int, AttributeType] = {
     pb.ATTRIBUTE_TYPE_KEYWORD: AttributeType.KEYWORD,
@@ -76,9 +93,33 @@ def decode_schema(message: collections_pb.CollectionSchema) -> CollectionSchema:
         chunking_rule=_bounded_text(
             message.chunking_rule, CHUNKING_RULE_BYTES_MAX, field="chunking_rule"
         ),
+        storage=_decode_storage(message.storage),
+        tier=_decode_tier(message.tier),
     )
     validate_schema(schema)
     return schema
+
+
+def _decode_storage(number: int) -> VectorStorage:
+    storage = _STORAGES.get(number)
+    if storage is None:
+        raise InvalidRequest(
+            f"storage {number} is not known",
+            field="storage",
+            limit=", ".join(storage.value for storage in VectorStorage),
+        )
+    return storage
+
+
+def _decode_tier(number: int) -> MemoryTier:
+    tier = _TIERS.get(number)
+    if tier is None:
+        raise InvalidRequest(
+            f"tier {number} is not known",
+            field="tier",
+            limit=", ".join(tier.value for tier in MemoryTier),
+        )
+    return tier
 
 
 def decode_declarations(
@@ -125,6 +166,8 @@ def encode_schema(schema: CollectionSchema) -> collections_pb.CollectionSchema:
         chunking_rule=schema.chunking_rule,
         id=schema.id,
         version=schema.version,
+        storage=_STORAGE_NUMBERS[schema.storage],  # type: ignore[arg-type]
+        tier=_TIER_NUMBERS[schema.tier],  # type: ignore[arg-type]
     )
 
 
@@ -142,6 +185,7 @@ def decode_change(message: collections_pb.AlterCollectionRequest) -> SchemaChang
         ),
         model=decode_model(message.model) if message.HasField("model") else None,
         if_version=message.if_version if message.HasField("if_version") else None,
+        tier=_decode_tier(message.tier) if message.tier else None,
     )
 
 

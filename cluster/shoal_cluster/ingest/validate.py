@@ -16,6 +16,7 @@ from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import AttributeValue, CollectionSchema, EmbeddingModel
 from shoal_cluster.domain.vectors import (
     Norms,
+    as_stored,
     prepare_vectors,
     require_dimension,
     require_model,
@@ -114,7 +115,8 @@ def check_batch(request: UpsertRequest, schema: CollectionSchema) -> Batch:
     ids = encode_ids(request.ids, field="points[{}].id")
     require_dimension(request.vectors, schema.dimension, schema.name, field="points[0].vector")
     vectors, norms = prepare_vectors(request.vectors, schema.metric, field=_vector_field)
-    return Batch(ids=ids, vectors=vectors, norms=norms)
+    stored = as_stored(vectors, schema.storage, field=_vector_field)
+    return Batch(ids=ids, vectors=stored, norms=norms)
 
 
 def encode_tails(

@@ -63,6 +63,8 @@ class CollectionSchema(_message.Message):
     CHUNKING_RULE_FIELD_NUMBER: _builtins.int
     ID_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    STORAGE_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 characters of [A-Za-z0-9_-], starting with a letter or digit."""
     dimension: _builtins.int
@@ -83,6 +85,10 @@ class CollectionSchema(_message.Message):
     """32 hexadecimal digits, never used again for another collection."""
     version: _builtins.int
     """Counts alterations, from 1."""
+    storage: _types_pb2.VectorStorage.ValueType
+    """How a vector's values are stored. Fixed for the collection's life."""
+    tier: _types_pb2.MemoryTier.ValueType
+    """What is held in memory."""
     @_builtins.property
     def attributes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttributeDeclaration]:
         """Declared attributes, at most 64, in declaration order."""
@@ -106,10 +112,12 @@ class CollectionSchema(_message.Message):
         chunking_rule: _builtins.str = ...,
         id: _builtins.str = ...,
         version: _builtins.int = ...,
+        storage: _types_pb2.VectorStorage.ValueType = ...,
+        tier: _types_pb2.MemoryTier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "model", b"model", "recall_target", b"recall_target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "attributes", b"attributes", "chunking_rule", b"chunking_rule", "dimension", b"dimension", "id", b"id", "metric", b"metric", "model", b"model", "name", b"name", "partition_by", b"partition_by", "recall_target", b"recall_target", "replicas", b"replicas", "shards", b"shards", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "attributes", b"attributes", "chunking_rule", b"chunking_rule", "dimension", b"dimension", "id", b"id", "metric", b"metric", "model", b"model", "name", b"name", "partition_by", b"partition_by", "recall_target", b"recall_target", "replicas", b"replicas", "shards", b"shards", "storage", b"storage", "tier", b"tier", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
     _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
@@ -276,6 +284,7 @@ class AlterCollectionRequest(_message.Message):
     CHUNKING_RULE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     IF_VERSION_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The collection."""
     replicas: _builtins.int
@@ -286,6 +295,8 @@ class AlterCollectionRequest(_message.Message):
     """A new name for how documents are cut; recorded, not interpreted."""
     if_version: _builtins.int
     """Applies the changes only to this version of the schema, else conflict."""
+    tier: _types_pb2.MemoryTier.ValueType
+    """What is held in memory from now on; unspecified: as it was."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId:
         """Names this write."""
@@ -309,10 +320,11 @@ class AlterCollectionRequest(_message.Message):
         chunking_rule: _builtins.str | None = ...,
         model: _types_pb2.EmbeddingModel | None = ...,
         if_version: _builtins.int | None = ...,
+        tier: _types_pb2.MemoryTier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "add_attributes", b"add_attributes", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "name", b"name", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "add_attributes", b"add_attributes", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "name", b"name", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chunking_rule: _TypeAlias = _typing.Literal["chunking_rule"]  # noqa: Y015
     _WhichOneofArgType__chunking_rule: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule"]  # noqa: Y015

@@ -77,6 +77,58 @@ METRIC_L2: Metric.ValueType  # 3
 """Euclidean distance (not squared), 0 and up, smaller is better."""
 Global___Metric: _TypeAlias = Metric  # noqa: Y015
 
+class _VectorStorage:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _VectorStorageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_VectorStorage.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    VECTOR_STORAGE_UNSPECIFIED: _VectorStorage.ValueType  # 0
+    """Not given; means float32."""
+    VECTOR_STORAGE_FLOAT32: _VectorStorage.ValueType  # 1
+    """Four bytes a value, as sent."""
+    VECTOR_STORAGE_FLOAT16: _VectorStorage.ValueType  # 2
+    """Two bytes a value: rounded when written, to 3 decimal digits; values up to 65,504."""
+
+class VectorStorage(_VectorStorage, metaclass=_VectorStorageEnumTypeWrapper):
+    """How a value of a vector is stored. Vectors travel and are compared as float32 either way."""
+
+VECTOR_STORAGE_UNSPECIFIED: VectorStorage.ValueType  # 0
+"""Not given; means float32."""
+VECTOR_STORAGE_FLOAT32: VectorStorage.ValueType  # 1
+"""Four bytes a value, as sent."""
+VECTOR_STORAGE_FLOAT16: VectorStorage.ValueType  # 2
+"""Two bytes a value: rounded when written, to 3 decimal digits; values up to 65,504."""
+Global___VectorStorage: _TypeAlias = VectorStorage  # noqa: Y015
+
+class _MemoryTier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MemoryTierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MemoryTier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MEMORY_TIER_UNSPECIFIED: _MemoryTier.ValueType  # 0
+    """Not given; means compact."""
+    MEMORY_TIER_FULL: _MemoryTier.ValueType  # 1
+    """Codes and vectors."""
+    MEMORY_TIER_COMPACT: _MemoryTier.ValueType  # 2
+    """Codes; vectors are mapped from local files and the page cache keeps what fits."""
+    MEMORY_TIER_DISK: _MemoryTier.ValueType  # 3
+    """Codes; vectors are read from local files row by row, for more rows than memory holds."""
+
+class MemoryTier(_MemoryTier, metaclass=_MemoryTierEnumTypeWrapper):
+    """What of a collection's segments is held in memory."""
+
+MEMORY_TIER_UNSPECIFIED: MemoryTier.ValueType  # 0
+"""Not given; means compact."""
+MEMORY_TIER_FULL: MemoryTier.ValueType  # 1
+"""Codes and vectors."""
+MEMORY_TIER_COMPACT: MemoryTier.ValueType  # 2
+"""Codes; vectors are mapped from local files and the page cache keeps what fits."""
+MEMORY_TIER_DISK: MemoryTier.ValueType  # 3
+"""Codes; vectors are read from local files row by row, for more rows than memory holds."""
+Global___MemoryTier: _TypeAlias = MemoryTier  # noqa: Y015
+
 class _AttributeType:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015

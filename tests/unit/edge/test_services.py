@@ -193,10 +193,14 @@ def test_a_collection_is_created_described_listed_altered_and_dropped() -> None:
                         )
                     ],
                     replicas=2,
+                    tier=types_pb2.MEMORY_TIER_FULL,
                     if_version=1,
                 )
             )
             assert (altered.schema.version, altered.schema.replicas) == (2, 2)
+            assert created.tier == types_pb2.MEMORY_TIER_COMPACT
+            assert created.storage == types_pb2.VECTOR_STORAGE_FLOAT32
+            assert altered.schema.tier == types_pb2.MEMORY_TIER_FULL
             assert altered.schema.attributes[-1].name == "colour"
             assert altered.schema.recall_target == 0.98
             listed = await stub.ListCollections(collections_pb2.ListCollectionsRequest())

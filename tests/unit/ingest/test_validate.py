@@ -1,6 +1,7 @@
 """Every bad write is refused before a shard is touched, naming the point and the limit."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from shoal_cluster.domain.errors import InvalidRequest, Outcome
 from shoal_cluster.domain.point import Provenance, decode_tail
 from shoal_cluster.domain.request import RequestName
-from shoal_cluster.domain.schema import EmbeddingModel, Metric
+from shoal_cluster.domain.schema import EmbeddingModel, Metric, VectorStorage
 from shoal_cluster.ingest.execute import Writer
 from shoal_cluster.ingest.validate import (
     PatchRequest,
@@ -168,6 +169,26 @@ def test_ids_pass_exactly_when_distinct_and_not_empty(ids: list[str]) -> None:
     else:
         with pytest.raises(InvalidRequest):
             check_batch(request, a_schema())
+
+
+def test_half_precision_rounds_what_is_stored() -> None:
+    vectors = np.float32([[0.1, 1e-8, -3.0, 65_504.0]])
+    schema = replace(a_schema(metric=Metric.DOT), storage=VectorStorage.FLOAT16)
+
+    stored = check_batch(upsert(ids=["a"], vectors=vectors), schema).vectors
+
+    assert stored.dtype == np.float32
+    assert np.array_equal(stored, vectors.astype(np.float16))
+
+
+def test_a_value_that_half_precision_cannot_hold_is_refused() -> None:
+    vectors = np.float32([[0, 0, 0, 0], [0, 70_000, 0, 0]])
+    schema = replace(a_schema(metric=Metric.DOT), storage=VectorStorage.FLOAT16)
+
+    with pytest.raises(InvalidRequest, match="70000 at position 1") as caught:
+        check_batch(upsert(ids=["a", "b"], vectors=vectors), schema)
+
+    assert caught.value.field == "points[1].vector" and "65504" in (caught.value.limit or "")
 
 
 def test_a_zero_vector_is_good_where_direction_does_not_count() -> None:
