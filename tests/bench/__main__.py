@@ -26,8 +26,11 @@ from shoal_cluster.control.catalog import CatalogLog
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.ids import SystemIdGenerator
 from shoal_cluster.domain.schema import CollectionSchema, Metric
-from shoal_cluster.index.calibration import measure_recall, setting_for
-from shoal_cluster.index.families import FastScanIndex, encode_codes, train_fast_scan
+from shoal_cluster.index.calibration import measure_recall
+from shoal_cluster.index.cost_model import CostModel, choose_family
+from shoal_cluster.index.families import Effort
+from shoal_cluster.index.fast_scan import FastScanIndex, encode_codes, train_codes
+from shoal_cluster.index.settings import rank_measured, setting_for
 from tests.bench import links, machine, writes
 from tests.bench.corpora.files import NoCorpus
 from tests.bench.corpus import (
@@ -118,7 +121,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         directory = Path(folder)
         progress("building one FAISS index over all rows")
-        depth = _prepare_raw(corpus, directory)
+        effort = _prepare_raw(corpus, directory)
         progress("starting a cluster")
         with clusters.running(directory, servers=1) as cluster:
             with shoal.Client(cluster.grpc_address, timeout_s=60.0) as client:
@@ -144,7 +147,8 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
                     collection=COLLECTION,
                     collection_id=schema.id,
                     schema=schema.to_wire(),
-                    depth=depth,
+                    depth=effort.depth,
+                    probes=effort.probes,
                 ).save(setup)
                 searches = _measure_searches(setup, corpus, cluster, size, progress)
             progress("measuring acknowledgements")
@@ -167,7 +171,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
             "replicas": 1,
             "segments": load["segments"],
             "memtable_rows": load["memtable_rows"],
-            "raw_depth": depth,
+            "raw_depth": effort.depth,
         },
         **searches,
         "target_ms": TARGET_MS,
@@ -178,22 +182,34 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
     }
 
 
-def _prepare_raw(corpus: BenchCorpus, directory: Path) -> int:
-    """Writes vectors, queries and codes for the callers; returns how many rows raw rescores.
+def _prepare_raw(corpus: BenchCorpus, directory: Path) -> Effort:
+    """Writes vectors, queries and codes for the callers; returns how hard raw looks.
 
-    The codes, and the depth that reaches the recall target, are found as a segment's build does.
+    The codes, and the effort that reaches the recall target, are found as a segment's build does.
     """
     np.save(directory / VECTORS, corpus.vectors)
     np.save(directory / QUERIES_FILE, corpus.queries)
-    codes = train_fast_scan(corpus.vectors, Metric.COSINE, 0)
-    index = FastScanIndex(codes, corpus.vectors, Metric.COSINE)
+    rows, dimension = corpus.vectors.shape
+    costs = CostModel(dimension=dimension)
+    shape = choose_family(rows, costs, RECALL_TARGET).shape
+    assert shape is not None, "so many rows get codes"
+    codes = train_codes(corpus.vectors, Metric.COSINE, shape, 0)
+    index = FastScanIndex(codes, dimension)
     curve = measure_recall(index, corpus.vectors, Metric.COSINE, 0)
-    setting = setting_for(curve, RECALL_TARGET, K, len(corpus.vectors))
-    assert setting.depth is not None, setting.reason
+    setting = setting_for(
+        curve,
+        RECALL_TARGET,
+        K,
+        rows=rows,
+        lists=shape.lists,
+        rank=rank_measured(curve, K, 1.0),
+        cost_ns=lambda effort: costs.scan_ns(rows, shape, effort),
+    )
+    assert setting.effort is not None, setting.reason
     with (directory / CODES).open("wb") as file:
-        for part in encode_codes(codes, corpus.vectors.shape[1]):
+        for part in encode_codes(codes, dimension):
             file.write(part.data)
-    return setting.depth
+    return setting.effort
 
 
 async def _schema(bucket: str) -> CollectionSchema:

@@ -34,7 +34,9 @@ from shoal_cluster.domain.keys import ShardKeys
 from shoal_cluster.domain.schema import CollectionSchema, Metric
 from shoal_cluster.domain.session import Consistency
 from shoal_cluster.index.distances import smallest
-from shoal_cluster.index.families import FastScanIndex, decode_codes
+from shoal_cluster.index.families import Effort
+from shoal_cluster.index.fast_scan import decode_codes
+from shoal_cluster.index.rescoring import rescored_top_k
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.connection import connect
 from shoal_cluster.links.pool import LinkPool
@@ -56,7 +58,7 @@ CORES: Final = len(os.sched_getaffinity(0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Where everything is. directory: holds VECTORS, QUERIES and CODES. depth: rows rescored."""
+    """Where everything is. directory: holds VECTORS, QUERIES and CODES. depth, probes: Effort."""
 
     directory: str
     bucket: str
@@ -67,6 +69,7 @@ class Setup:
     collection_id: str
     schema: dict[str, Any]
     depth: int
+    probes: int
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -85,13 +88,17 @@ class RawSearch:
 
     def __init__(self, setup: Setup) -> None:
         directory = Path(setup.directory)
-        vectors = np.load(directory / VECTORS, mmap_mode="r")
+        self._vectors = np.load(directory / VECTORS, mmap_mode="r")
+        rows, dimension = self._vectors.shape
         codes = np.fromfile(directory / CODES, dtype=np.uint8)
-        self._index: FastScanIndex = decode_codes(codes, vectors, Metric.COSINE)
-        self._depth = setup.depth
+        self._index = decode_codes(codes, rows=rows, dimension=dimension, metric=Metric.COSINE)
+        self._effort = Effort(depth=setup.depth, probes=setup.probes)
 
     def ask(self, query: Floats) -> npt.NDArray[np.int64]:
-        rows: npt.NDArray[np.int64] = self._index.search(query, K, depth=self._depth)[1][0]
+        candidates = self._index.candidates(query, self._effort)
+        rows: npt.NDArray[np.int64] = rescored_top_k(
+            self._vectors, query, candidates, K, Metric.COSINE
+        )[1][0]
         return rows
 
     def ask_batch(self, queries: Floats) -> npt.NDArray[np.int64]:

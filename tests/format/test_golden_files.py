@@ -17,7 +17,10 @@ from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.ids import SystemIdGenerator
 from shoal_cluster.domain.keys import CLUSTER_KEY
 from shoal_cluster.domain.point import SUM_MODULUS, decode_tail, row_hash
+from shoal_cluster.domain.schema import Metric
 from shoal_cluster.filtering.expression import AnyOf, Comparison, Exists, Operator, matches
+from shoal_cluster.index.families import CodeShape, Effort
+from shoal_cluster.index.fast_scan import decode_codes
 from shoal_cluster.manifest.commit import decode_manifest
 from shoal_cluster.manifest.version_log import Version
 from shoal_cluster.segment.deletes import decode_tombstones
@@ -28,7 +31,8 @@ from shoal_cluster.wal.record import WalRecord, decode_record
 from tests.format import values
 
 NAMES = sorted(path.stem for path in values.FOLDER.glob("*.hex"))
-COMPRESSED = {"segment-payload"}
+NOT_REPEATABLE = {"segment-payload", "segment-codes"}
+"""Compressed or trained by a library: other versions of it may write other bytes."""
 SEGMENT_FILES = ("vectors", "ids", "payload", "attributes", "meta")
 
 
@@ -49,11 +53,11 @@ def test_every_kind_of_object_is_here():
     assert set(NAMES) == {
         *("wal-fence", "wal-data", "manifest", "manifest-floor", "catalog", "catalog-floor"),
         *("cluster", "tombstones", "deletion"),
-        *(f"segment-{name}" for name in SEGMENT_FILES),
+        *(f"segment-{name}" for name in (*SEGMENT_FILES, "codes")),
     }
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in COMPRESSED])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_REPEATABLE])
 def test_the_same_values_give_the_same_bytes(name):
     assert values.encoded()[name] == values.stored(name)
 
@@ -172,6 +176,19 @@ def test_the_segments_filters_answer_as_the_payloads_do(segment, expression):
         if matches(expression, decode_tail(tail)[1])
     ]
     assert list(segment.evaluate(expression)) == expected
+
+
+def test_codes_in_lists_are_read_and_rank_rows_first_by_themselves():
+    index = decode_codes(
+        np.frombuffer(values.stored("segment-codes"), dtype=np.uint8),
+        rows=len(values.CODED),
+        dimension=values.CODED.shape[1],
+        metric=Metric.L2,
+    )
+
+    assert index.shape == CodeShape(values_a_code=1, lists=2)
+    found = index.candidates(values.CODED[:50], Effort(depth=5, probes=2))
+    assert (found == np.arange(50)[:, np.newaxis]).any(axis=1).mean() > 0.9
 
 
 def test_a_search_of_the_segment_finds_its_rows(segment):

@@ -32,6 +32,8 @@ from shoal_cluster.domain.schema import (
     EmbeddingModel,
     Metric,
 )
+from shoal_cluster.index.families import CodeShape
+from shoal_cluster.index.fast_scan import encode_codes, train_codes
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
 from shoal_cluster.segment.deletes import encode_tombstones
@@ -196,6 +198,18 @@ DELETION = Deletion(
 )
 
 
+CODED = np.random.default_rng(1).standard_normal((640, 6), dtype=np.float32)
+
+
+def codes() -> bytes:
+    """Returns a codes file over CODED in two lists.
+
+    Trained, so another version of FAISS may make others; what is kept must still be read.
+    """
+    trained = train_codes(CODED, Metric.L2, CodeShape(values_a_code=1, lists=2), seed=1)
+    return b"".join(part.tobytes() for part in encode_codes(trained, CODED.shape[1]))
+
+
 def encoded() -> dict[str, bytes]:
     """Returns name → bytes, as this version of the code writes them."""
 
@@ -228,7 +242,7 @@ def stored(name: str) -> bytes:
 
 
 def main() -> None:
-    for name, body in encoded().items():
+    for name, body in {**encoded(), "segment-codes": codes()}.items():
         path = FOLDER / f"{name}.hex"
         if not path.exists():
             lines = [body[start : start + 48].hex() for start in range(0, len(body), 48)]

@@ -188,6 +188,38 @@ def test_replicas_agree_by_set_checksum(collection: shoal.Collection, client: sh
     assert collection.count() == 2500 + 500
 
 
+def test_half_precision_vectors_move_between_memory_tiers(client: shoal.Client) -> None:
+    """Rounded once: what is read back, before and after a seal, is what is compared."""
+    halves = client.create_collection("halves", dimension=8, storage="float16", tier="disk")
+    vectors = np.random.default_rng(1).standard_normal((1500, 8)).astype(np.float32)
+    rounded = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float16)
+    for start in range(0, 1500, 500):
+        halves.upsert(
+            shoal.Point(id=f"h{i:04d}", vector=vectors[i]) for i in range(start, start + 500)
+        )
+
+    def sealed() -> bool:
+        (shard,) = client.status("halves").collections[0].shards
+        return shard.memtable_rows == 0 and shard.segments > 0
+
+    wait_until(sealed, timeout_s=60, what="all rows in segments")
+    before = halves.search(vectors[7], k=5, exact=True)
+    assert before.ids[0] == "h0007"
+    (stored,) = halves.get(["h0007"], with_vector=True).points
+    length = np.linalg.norm(vectors[7])
+    assert np.allclose(stored.vector, rounded[7].astype(np.float32) * length, rtol=1e-5)
+    assert client.alter_collection("halves", tier="full").tier == "full"
+
+    def held() -> bool:
+        (shard,) = client.status("halves").collections[0].shards
+        return shard.replicas[0].memory_bytes >= 1500 * 8 * 2
+
+    wait_until(held, timeout_s=30, what="vectors in memory")
+    after = halves.search(vectors[7], k=5, exact=True)
+    assert (after.ids, after.scores) == (before.ids, before.scores)
+    client.drop_collection("halves")
+
+
 def test_alter_adds_attributes_to_a_living_collection(
     collection: shoal.Collection, client: shoal.Client
 ) -> None:

@@ -74,6 +74,10 @@ def _fill_segment(message: pb.SegmentExplain, segment: Mapping[str, Any]) -> Non
     factor = segment.get("rescore_factor")
     if factor is not None and np.isfinite(factor):
         message.settings.add(name="rescore_factor", value=factor)
+    if segment.get("lists", 0) > 1:
+        message.settings.add(name="probes", value=segment["probes"])
+        message.settings.add(name="lists", value=segment["lists"])
+    message.index = segment.get("index", "")
 
 
 def fill_stages(stages: Any, stages_us: Mapping[str, float]) -> None:

@@ -1,10 +1,19 @@
 """Each segment measures its own recall, so that a query can ask for recall instead of settings.
 
 At build, rows of the segment serve as queries, each excluded from its own answer: a stored row
-finds itself trivially. They are asked twice, as they are and moved away by noise, because users'
-queries do not lie where rows lie; of the two the worse counts. Rescoring is exact, so the recall at
-depth D is the share of the true top k that the codes rank among their first D candidates: one deep
-scan measures every factor at once.
+finds itself trivially. They are asked as they are, moved away by noise, and as the middle of three
+rows, because users' queries do not lie where rows lie; of the three the worst counts. Two things
+are measured apart:
+
+- *Codes*: rescoring is exact, so the recall at depth D is the share of the true top k that the
+  codes rank among their first D candidates: one deep scan of all rows measures every depth at once.
+- *Coverage*, behind an inverted file: the share of the nearest r rows that lie in the p lists whose
+  centres are nearest. Needs no scan at all, only where the true neighbours are.
+
+- *Beyond*: the codes' recall where the nearest rows may not be returned, as under a filter that
+  has none of them.
+
+A row is missed by one or by the other, so misses add up at most (settings.py).
 """
 
 from dataclasses import dataclass
@@ -15,8 +24,9 @@ import numpy.typing as npt
 
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import Metric
-from shoal_cluster.index.distances import Rows, exact_top_k, gather_keys
-from shoal_cluster.index.families import FastScanIndex
+from shoal_cluster.index.distances import NO_ROW, Rows, exact_top_k, gather_keys, scan_keys
+from shoal_cluster.index.families import CandidateIndex, Effort
+from shoal_cluster.index.row_bits import bits_of_rows
 
 QUERIES: Final = 200
 """At recall 0.98 and k = 10 the standard error is about 0.003; MARGIN_ERRORS accounts for it."""
@@ -26,8 +36,20 @@ FACTORS: Final = (2, 3, 4, 6, 8, 10, 12, 16, 24, 32, 48, 64, 96, 128)
 DEPTH_MAX: Final = 6_400
 """Candidates a query is measured to. Rescoring so many takes 0.3 ms at 384-d."""
 
-EXACT_SHARE: Final = 0.5
-"""Past this share of the rows, a scan and scattered rescoring cost more than one exact scan."""
+RANKS: Final = (100, 300, 1_000, 3_000)
+"""Neighbours whose lists are looked up. A filter that one row in a hundred passes makes the
+thousandth neighbour the tenth."""
+
+PROBED_SHARES: Final = (128, 96, 64, 48, 32, 24, 16, 12, 8, 6, 4, 3, 2)
+"""One in so many lists is probed: steps that change the cost by a third."""
+
+BEYOND_SHARES: Final = (0.002, 0.01, 0.1)
+"""Shares of the nearest rows left out. Further out no depth that pays finds the rest."""
+
+BEYOND_QUERIES: Final = 64
+"""Each compares every row and scans alone: 100,000 × 384 takes a second in all."""
+
+BEYOND_FACTORS: Final = (4, 8, 16, 32, 64, 128, 256, 512)
 
 QUERY_NOISES: Final = (0.0, 0.75)
 """Noise of the queries, in standard deviations of each dimension; one measurement each.
@@ -36,6 +58,12 @@ Sentence embeddings (600 real queries on 1,500 to 8,000 Debian descriptions): un
 0.971 at factor 4 where queries reach 0.951; noise of 0.7 predicts every factor within 0.006, and
 0.75 stays on the careful side. Gaussian clusters (16,000 × 48): noise makes queries easier, 0.925
 promised at factor 8 where new rows reach 0.869, and unmoved rows predict them within 0.01."""
+
+MIXED_ROWS: Final = 3
+"""Rows whose mean is a query. Rows come in families, so that rows, even moved ones, find their ten
+nearest too easily: of 100,000 mixtures of 8,000 real embeddings (tests/bench) they promise 0.99 at
+80 candidates where 500 real queries reach 0.965. Means of three rows promise 0.952 there, and 0.985
+where real queries on the 8,000 themselves reach 0.985."""
 
 MARGIN_ERRORS: Final = 1.0
 """Standard errors taken off the measured mean, because 200 queries are a sample."""
@@ -46,7 +74,10 @@ SPREAD_ROWS: Final = 4_096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """Recall of one setting. lower: the mean less its sampling error; what a target is held to."""
+    """Recall of the codes at depth k · factor, all lists scanned.
+
+    lower: the mean less its sampling error; what a target is held to.
+    """
 
     k: int
     factor: int
@@ -55,17 +86,48 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CoveragePoint:
+    """Share of the `rank` nearest rows that lie in the `probes` nearest lists. lower: as above."""
+
+    rank: int
+    probes: int
+    recall: float
+    lower: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeyondPoint:
+    """Recall of the codes at k = 10 and depth 10 · factor among all but the nearest rows.
+
+    beyond: share of the rows left out. All lists scanned. lower: as above.
+    """
+
+    beyond: float
+    factor: int
+    recall: float
+    lower: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecallCurve:
-    """What a segment measured about itself at build. Ascending by (k, factor); empty for flat."""
+    """What a segment measured about itself at build.
+
+    points: ascending by (k, factor); none for flat. coverage: ascending by (rank, probes); none
+    when there is one list. beyond: ascending by (beyond, factor).
+    """
 
     points: tuple[CurvePoint, ...]
     queries: int
+    coverage: tuple[CoveragePoint, ...] = ()
+    beyond: tuple[BeyondPoint, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """Returns a msgpack-able map; `from_wire` reverses it exactly."""
         return {
             "queries": self.queries,
             "points": [[p.k, p.factor, p.recall, p.lower] for p in self.points],
+            "coverage": [[c.rank, c.probes, c.recall, c.lower] for c in self.coverage],
+            "beyond": [[b.beyond, b.factor, b.recall, b.lower] for b in self.beyond],
         }
 
     @staticmethod
@@ -76,41 +138,55 @@ class RecallCurve:
                 for k, factor, recall, lower in fields["points"]
             ),
             queries=fields["queries"],
+            coverage=tuple(
+                CoveragePoint(rank=rank, probes=probes, recall=recall, lower=lower)
+                for rank, probes, recall, lower in fields["coverage"]
+            ),
+            beyond=tuple(
+                BeyondPoint(beyond=beyond, factor=factor, recall=recall, lower=lower)
+                for beyond, factor, recall, lower in fields["beyond"]
+            ),
         )
 
 
 NO_CURVE: Final = RecallCurve(points=(), queries=0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Setting:
-    """How to search a segment. depth: candidates to rescore, None to compute everything exactly."""
-
-    depth: int | None
-    factor: int
-    expected_recall: float
-    reason: str
-
-
 def measure_recall(
-    index: FastScanIndex, vectors: Vectors, metric: Metric, seed: int
+    index: CandidateIndex, vectors: Vectors, metric: Metric, seed: int
 ) -> RecallCurve:
-    """Measures the recall of every (k class, factor) with rows of the segment as queries.
+    """Measures codes and coverage with rows of the segment as queries.
 
     The same index, vectors and seed give the same curve. O(QUERIES · n · d): 100,000 × 384 takes
     about two seconds.
     """
     random = np.random.default_rng(seed)
     sample = np.sort(random.permutation(len(vectors))[:QUERIES])
-    others = vectors[random.permutation(len(vectors))[:SPREAD_ROWS]]
-    centre, spread = others.mean(axis=0), others.std(axis=0)
-    curves = []
+    spread_rows = vectors[random.permutation(len(vectors))[:SPREAD_ROWS]]
+    centre, spread = spread_rows.mean(axis=0), spread_rows.std(axis=0)
+    nobody = np.full(len(sample), NO_ROW)
+    mixed = vectors[random.integers(0, len(vectors), (MIXED_ROWS, len(sample)))].mean(axis=0)
+    asked = [(mixed, nobody)]
     for noise in QUERY_NOISES:
         drawn = random.standard_normal((len(sample), vectors.shape[1]), dtype=np.float32)
-        queries = _moved(vectors[sample], noise * spread * drawn, centre)
-        curves.append(_measure(index, vectors, metric, sample, queries))
-    worst = (min(alike, key=lambda point: point.lower) for alike in zip(*curves, strict=True))
-    return RecallCurve(points=tuple(worst), queries=len(sample) * len(curves))
+        asked.append((_moved(vectors[sample], noise * spread * drawn, centre), sample))
+    curves: list[list[CurvePoint]] = []
+    coverages: list[list[CoveragePoint]] = []
+    for queries, excluded in asked:
+        nearest = _nearest(index, vectors, metric, excluded, queries)
+        curves.append(_measure_codes(index, vectors, metric, excluded, queries, nearest))
+        if index.shape.lists > 1:
+            coverages.append(_measure_coverage(index, queries, nearest))
+    return RecallCurve(
+        points=tuple(
+            min(alike, key=lambda point: point.lower) for alike in zip(*curves, strict=True)
+        ),
+        queries=len(sample) * len(asked),
+        coverage=tuple(
+            min(alike, key=lambda point: point.lower) for alike in zip(*coverages, strict=True)
+        ),
+        beyond=tuple(_measure_beyond(index, vectors, metric, mixed[:BEYOND_QUERIES])),
+    )
 
 
 def _moved(rows: Vectors, noise: Vectors, centre: npt.NDArray[np.float32]) -> Vectors:
@@ -126,35 +202,101 @@ def _moved(rows: Vectors, noise: Vectors, centre: npt.NDArray[np.float32]) -> Ve
     return np.ascontiguousarray(centre + after * scale, dtype=np.float32)
 
 
-def _measure(
-    index: FastScanIndex,
+def _nearest(
+    index: CandidateIndex,
     vectors: Vectors,
     metric: Metric,
     sample: npt.NDArray[np.int64],
     queries: Vectors,
+) -> Rows:
+    """Returns the true neighbours of the queries, as many as are measured; `sample` left out.
+
+    sample: one row a query, or NO_ROW.
+    """
+    wanted = RANKS[-1] if index.shape.lists > 1 else K_CLASSES[-1]
+    k = min(wanted, len(vectors) - 1)
+    return _without(sample, exact_top_k(vectors, queries, k + 1, metric)[1])
+
+
+def _measure_codes(
+    index: CandidateIndex,
+    vectors: Vectors,
+    metric: Metric,
+    sample: npt.NDArray[np.int64],
+    queries: Vectors,
+    nearest: Rows,
 ) -> list[CurvePoint]:
     """Returns the recall of one set of queries; `sample` are the rows each leaves out."""
-    count = len(vectors)
-    deepest = min(DEPTH_MAX, count - 1)
-    found = _without(sample, index.candidates(queries, deepest + 1))
-    k_true = min(K_CLASSES[-1], count - 1)
-    nearest = _without(sample, exact_top_k(vectors, queries, k_true + 1, metric)[1])
+    deepest = min(DEPTH_MAX, len(vectors) - 1)
+    everything = Effort(depth=deepest + 1, probes=index.shape.lists)
+    found = _without(sample, index.candidates(queries, everything))
+    nearest = np.ascontiguousarray(nearest[:, : K_CLASSES[-1]])
     true_keys = gather_keys(vectors, queries, nearest, metric)
     found_keys = gather_keys(vectors, queries, found, metric)
     points: list[CurvePoint] = []
     for k in K_CLASSES:
         # Counted by key, not by row: of many equal rows any k are a right answer.
-        hits = np.cumsum(found_keys <= true_keys[:, min(k, k_true) - 1, np.newaxis], axis=1)
+        bound = true_keys[:, min(k, true_keys.shape[1]) - 1, np.newaxis]
+        hits = np.cumsum(found_keys <= bound, axis=1)
         for factor in FACTORS:
-            if k > k_true or k * factor > deepest:
+            if k > true_keys.shape[1] or k * factor > deepest:
                 continue
-            recall = np.minimum(hits[:, k * factor - 1], k) / k
-            error = float(recall.std() / np.sqrt(len(recall)))
-            mean = float(recall.mean())
-            points.append(
-                CurvePoint(k=k, factor=factor, recall=mean, lower=mean - MARGIN_ERRORS * error)
-            )
+            recall, lower = _mean(np.minimum(hits[:, k * factor - 1], k) / k)
+            points.append(CurvePoint(k=k, factor=factor, recall=recall, lower=lower))
     return points
+
+
+def _measure_coverage(
+    index: CandidateIndex, queries: Vectors, nearest: Rows
+) -> list[CoveragePoint]:
+    places = index.list_places(queries, nearest)
+    points = []
+    for rank in RANKS:
+        if rank > nearest.shape[1]:
+            break
+        for probes in probes_measured(index.shape.lists):
+            recall, lower = _mean((places[:, :rank] < probes).mean(axis=1))
+            points.append(CoveragePoint(rank=rank, probes=probes, recall=recall, lower=lower))
+    return points
+
+
+def _measure_beyond(
+    index: CandidateIndex, vectors: Vectors, metric: Metric, queries: Vectors
+) -> list[BeyondPoint]:
+    count, k = len(vectors), K_CLASSES[0]
+    depth = min(k * BEYOND_FACTORS[-1], count)
+    found: dict[float, list[npt.NDArray[np.float64]]] = {beyond: [] for beyond in BEYOND_SHARES}
+    for query in queries:
+        keys = scan_keys(vectors, query, metric)
+        for beyond, recalls in found.items():
+            left_out = int(beyond * count)
+            bound = np.partition(keys, (left_out, left_out + k))[[left_out, left_out + k]]
+            allowed = bits_of_rows(np.flatnonzero(keys >= bound[0]), count)
+            effort = Effort(depth=depth, probes=index.shape.lists)
+            rows = index.candidates(query[np.newaxis], effort, allowed)[0]
+            hits = np.cumsum((rows != NO_ROW) & (keys[rows] <= bound[1]))
+            recalls.append(np.minimum(hits, k) / k)
+    points = []
+    for beyond, recalls in found.items():
+        stacked = np.stack(recalls)
+        for factor in BEYOND_FACTORS:
+            if k * factor > depth:
+                break
+            recall, lower = _mean(stacked[:, k * factor - 1])
+            points.append(BeyondPoint(beyond=beyond, factor=factor, recall=recall, lower=lower))
+    return points
+
+
+def probes_measured(lists: int) -> list[int]:
+    """Returns the numbers of lists that coverage is measured at, ascending, all of them left out:
+    what they cover is everything."""
+    return sorted({max(lists // share, 1) for share in PROBED_SHARES})
+
+
+def _mean(recalls: npt.NDArray[np.float64]) -> tuple[float, float]:
+    """Returns the mean over queries, and the mean less its sampling error."""
+    mean = float(recalls.mean())
+    return mean, mean - MARGIN_ERRORS * float(recalls.std() / np.sqrt(len(recalls)))
 
 
 def _without(sample: npt.NDArray[np.int64], answers: Rows) -> Rows:
@@ -163,45 +305,3 @@ def _without(sample: npt.NDArray[np.int64], answers: Rows) -> Rows:
     keep[:, -1] &= ~keep.all(axis=1)
     kept: Rows = answers[keep].reshape(len(answers), -1)
     return kept
-
-
-def setting_for(curve: RecallCurve, recall_target: float, k: int, rows: int) -> Setting:
-    """Returns the cheapest measured setting whose recall reaches the target, else exact.
-
-    rows: rows of the segment. Every class must reach the target, not only the one nearest to k:
-    where rows come in families of near-duplicates, ten of them are found too easily, and only a
-    hundred reach the neighbourhood that a new query sees (measured: class 10 alone promised 0.982
-    where queries reached 0.959; with both they reached 0.995). From k = 100 on, class 100 decides.
-    """
-    if recall_target >= 1.0:
-        return _exact("recall 1.0 is asked for, which only exact search promises")
-    factor, expected_recall = 0, 1.0
-    for k_class in K_CLASSES:
-        if k_class < K_CLASSES[-1] <= k:
-            continue
-        reached = _first_reaching(curve, recall_target, k_class)
-        if reached is None:
-            return _exact(f"no measured setting reaches recall {recall_target} at k {k_class}")
-        factor = max(factor, reached.factor)
-        expected_recall = min(expected_recall, reached.recall)
-    # Below the smallest class its depth is kept: one row is as hard to rank as ten are.
-    depth = factor * max(k, K_CLASSES[0])
-    if depth > rows * EXACT_SHARE:
-        return _exact(f"rescoring {depth} of {rows} rows would cost as much as all")
-    return Setting(
-        depth=depth,
-        factor=factor,
-        expected_recall=expected_recall,
-        reason=f"factor {factor} measured recall {expected_recall:.4f}",
-    )
-
-
-def _first_reaching(curve: RecallCurve, recall_target: float, k_class: int) -> CurvePoint | None:
-    for point in curve.points:
-        if point.k == k_class and point.lower >= recall_target:
-            return point
-    return None
-
-
-def _exact(reason: str) -> Setting:
-    return Setting(depth=None, factor=0, expected_recall=1.0, reason=reason)

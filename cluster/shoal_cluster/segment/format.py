@@ -19,6 +19,7 @@ import numpy.typing as npt
 from shoal_cluster.domain.errors import Conflict, Corrupt, Unavailable
 
 FORMAT_VERSION: Final = 1
+VECTORS_MAGIC: Final = b"SHOALVEC"
 ALIGNMENT: Final = 64
 """One cache line, and what AVX-512 loads want."""
 
@@ -136,6 +137,7 @@ class MappedFile:
 
     name: str
     contents: memoryview
+    mapping: mmap.mmap
 
     def numbers(self, magic: bytes) -> tuple[int, ...]:
         """Returns the six numbers of the header.
@@ -179,10 +181,10 @@ def map_file(name: str, path: Path) -> MappedFile:
     """
     try:
         with path.open("rb") as file:
-            contents = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
         raise Corrupt(f"segment file {name} cannot be mapped from {path}: {error}") from error
-    return MappedFile(name=name, contents=contents)
+    return MappedFile(name=name, contents=memoryview(mapping), mapping=mapping)
 
 
 def aligned(offset: int) -> int:

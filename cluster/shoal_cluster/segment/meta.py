@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from shoal_cluster.bucket import envelope
 from shoal_cluster.bucket.envelope import EnvelopeKind
 from shoal_cluster.domain.errors import Conflict, Corrupt
-from shoal_cluster.domain.schema import Metric
+from shoal_cluster.domain.schema import Metric, VectorStorage
 from shoal_cluster.filtering import statistics
 from shoal_cluster.filtering.statistics import SegmentStatistics
 from shoal_cluster.index.calibration import RecallCurve
@@ -27,6 +27,7 @@ class SegmentMeta:
     sum: int
     metric: Metric
     dimension: int
+    storage: VectorStorage
     family: Family
     family_reason: str
     recall_curve: RecallCurve
@@ -46,6 +47,7 @@ def encode_meta(meta: SegmentMeta) -> bytes:
             "sum": meta.sum,
             "metric": meta.metric.value,
             "dimension": meta.dimension,
+            "storage": meta.storage.value,
             "family": meta.family.value,
             "family_reason": meta.family_reason,
             "recall_curve": meta.recall_curve.to_wire(),
@@ -75,6 +77,7 @@ def decode_meta(body: bytes | memoryview, *, key: str) -> SegmentMeta:
             sum=header["sum"],
             metric=Metric(header["metric"]),
             dimension=header["dimension"],
+            storage=VectorStorage(header["storage"]),
             family=Family(header["family"]),
             family_reason=header["family_reason"],
             recall_curve=RecallCurve.from_wire(header["recall_curve"]),

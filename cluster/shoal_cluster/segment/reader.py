@@ -6,9 +6,8 @@ an array it returned is gone, so a file may be deleted while it is read.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,21 +15,36 @@ from pyroaring import BitMap
 
 from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.point import Vector, Vectors
-from shoal_cluster.domain.schema import CollectionSchema
+from shoal_cluster.domain.schema import CollectionSchema, MemoryTier
 from shoal_cluster.filtering.columns import Columns
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.statistics import SegmentStatistics
 from shoal_cluster.index.calibration import RecallCurve
-from shoal_cluster.index.distances import exact_top_k
-from shoal_cluster.index.families import Family, FlatIndex, VectorIndex, decode_codes
+from shoal_cluster.index.cost_model import CostModel
+from shoal_cluster.index.distances import (
+    Keys,
+    Rows,
+    StoredVectors,
+    exact_top_k,
+    gather_keys,
+    widened,
+)
+from shoal_cluster.index.families import CandidateIndex, Effort, Family
+from shoal_cluster.index.fast_scan import decode_codes
+from shoal_cluster.index.rescoring import rescored_top_k
 from shoal_cluster.index.row_bits import RowBits
+from shoal_cluster.index.settings import Setting, effort_beyond, rank_measured, setting_for
 from shoal_cluster.segment import format as layout
-from shoal_cluster.segment.build import VECTORS_MAGIC, SegmentInput
-from shoal_cluster.segment.format import HEADER_BYTES, MappedFile, map_file
+from shoal_cluster.segment.build import SegmentInput
+from shoal_cluster.segment.format import MappedFile, map_file
 from shoal_cluster.segment.ids import IdTable
 from shoal_cluster.segment.meta import SegmentMeta, decode_meta
 from shoal_cluster.segment.payload import PayloadFile
+from shoal_cluster.segment.rank_sample import TOLERATED, RankSample
+from shoal_cluster.segment.residence import Residence, open_vectors
 from shoal_cluster.segment.search import (
+    AllowedRows,
+    Decision,
     SearchPlan,
     SearchReport,
     SegmentHits,
@@ -42,10 +56,25 @@ from shoal_cluster.segment.search import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentMemory:
-    """resident_bytes: codes and caches in RAM. mapped_bytes: file pages the kernel may drop."""
+    """resident_bytes: codes, caches and, in the full tier, vectors, in RAM.
+
+    mapped_bytes: pages of mapped files, which the kernel may drop.
+    """
 
     resident_bytes: int
     mapped_bytes: int
+
+
+SETTINGS_KEPT_MAX = 256
+"""Choices remembered, one for each (target, k, rank) asked for: a choice looks at every point of
+the curve, 30 to 150 µs."""
+
+WIDE_SHARE_MIN = 0.9
+"""With so many rows allowed, as when few are dead, nobody looks where they are."""
+
+LOCAL_SHARE_MIN = 0.6
+"""A filter counts as thinner around a query than elsewhere below this share of its selectivity: of
+256 sampled rows at 5 %, chance alone takes one query in fifteen there, to no harm but its time."""
 
 
 class SegmentReader:
@@ -56,8 +85,8 @@ class SegmentReader:
         *,
         segment_id: str,
         meta: SegmentMeta,
-        vectors: Vectors,
-        index: VectorIndex,
+        residence: Residence,
+        index: CandidateIndex | None,
         ids: IdTable,
         payload: PayloadFile,
         columns: Columns,
@@ -65,9 +94,11 @@ class SegmentReader:
     ) -> None:
         self.segment_id = segment_id
         self.meta = meta
-        self.vectors = vectors
-        """All vectors in row order, (n, d), read-only, mapped."""
+        self._residence = residence
         self._index = index
+        self._costs = CostModel(dimension=meta.dimension, storage=meta.storage, tier=residence.tier)
+        self._sample = RankSample(meta.rows)
+        self._settings: dict[tuple[float, int, int | None], Setting] = {}
         self._ids = ids
         self._payload = payload
         self._columns = columns
@@ -96,12 +127,13 @@ class SegmentReader:
                 f"segment {segment_id} holds {meta.dimension}-d {meta.metric.value} vectors, "
                 f"collection {schema.name} {schema.dimension}-d {schema.metric.value}"
             )
-        vectors = _open_vectors(mapped[layout.VECTORS], meta)
+        vectors_file = mapped[layout.VECTORS]
+        residence = open_vectors(vectors_file.name, files[layout.VECTORS], schema.tier)
         reader = SegmentReader(
             segment_id=segment_id,
             meta=meta,
-            vectors=vectors,
-            index=_open_index(mapped.get(layout.CODES), vectors, meta),
+            residence=residence,
+            index=_open_index(mapped.get(layout.CODES), meta),
             ids=IdTable(mapped[layout.IDS]),
             payload=PayloadFile(mapped[layout.PAYLOAD]),
             columns=Columns.open(mapped[layout.ATTRIBUTES].contents),
@@ -110,8 +142,33 @@ class SegmentReader:
                 file.contents.nbytes for name, file in mapped.items() if name != layout.CODES
             ),
         )
-        reader._check_rows_agree()
+        reader._check_vectors_agree()
         return reader
+
+    def moved_to(self, tier: MemoryTier) -> "SegmentReader":
+        """Returns a reader of the same files whose vectors are in another tier.
+
+        Reads all vectors when that is full. This reader stays as it is for those who use it.
+        """
+        return SegmentReader(
+            segment_id=self.segment_id,
+            meta=self.meta,
+            residence=self._residence.moved_to(tier),
+            index=self._index,
+            ids=self._ids,
+            payload=self._payload,
+            columns=self._columns,
+            mapped_bytes=self._mapped_bytes,
+        )
+
+    @property
+    def tier(self) -> MemoryTier:
+        return self._residence.tier
+
+    @property
+    def vectors(self) -> StoredVectors:
+        """All vectors in row order, (n, d), read-only, as stored."""
+        return self._residence.in_order
 
     @property
     def rows(self) -> int:
@@ -162,9 +219,14 @@ class SegmentReader:
         return self._ids.ids_of(rows)
 
     def vector(self, row: int) -> Vector:
-        """Returns the stored vector of a row, a read-only view."""
-        vector: Vector = self.vectors[row]
+        """Returns the stored vector of a row; not to be written to."""
+        vector: Vector = widened(self._residence.scattered[row])
         return vector
+
+    def vectors_at(self, rows: npt.NDArray[np.int64]) -> Vectors:
+        """Returns the stored vectors of some rows, in their order, as float32 copies."""
+        self._residence.ask_for(rows)
+        return widened(self._residence.scattered[rows])
 
     def tail(self, row: int) -> bytes:
         """Returns the tail of a row (domain/point.py `decode_tail`).
@@ -207,57 +269,213 @@ class SegmentReader:
         decision = decide(
             allowed,
             live=allowed.count if matching is None else _live(self.rows, alive),
-            dimension=self.meta.dimension,
-            k=k,
             family=self.family,
-            curve=self.recall_curve,
-            recall_target=recall_target,
             exact=exact,
+            setting=lambda: self._setting(recall_target, k, allowed.count / self.rows),
+            gather_ns=self._costs.gather_ns,
+            scan_ns=self._scan_ns,
         )
-        plan, setting = decision.plan, decision.setting
-        scanned = self.rows if setting is not None else allowed.count
+        setting = decision.setting
+        if setting is None or setting.effort is None:
+            return self._compare(queries, k, allowed, decision)
+        if allowed.everything or self._index is None or self._index.shape.lists == 1:
+            settings = [setting] * len(queries)
+        else:
+            settings = self._settings_under(queries, k, recall_target, allowed, setting)
+        hits = self._scan(queries, k, allowed, decision, settings)
+        if self.rows - allowed.count <= TOLERATED * k:
+            return hits
+        return self._look_further(queries, k, allowed, hits, recall_target)
+
+    def _look_further(
+        self,
+        queries: Vectors,
+        k: int,
+        allowed: AllowedRows,
+        hits: SegmentHits,
+        recall_target: float,
+    ) -> SegmentHits:
+        """Asks again for queries whose allowed rows are all far from them (rank_sample.py)."""
+        bits = allowed.bits()
+        assert self._index is not None and bits is not None
+        excluded = self._sample.excluded(bits, allowed.count)
+        if not (excluded.size and len(queries)):
+            return hits
+        self._residence.ask_for(excluded)
+        rows = np.tile(excluded, (len(queries), 1))
+        keys = gather_keys(self._residence.scattered, queries, rows, self.meta.metric)
+        wanted = min(k, allowed.count)
+        last_keys = hits.keys[:, wanted - 1]
+        far = self._sample.unexpected(keys, last_keys, wanted=wanted, allowed=allowed.count)
+        for number, beyond in far.items():
+            query = queries[number : number + 1]
+            effort = effort_beyond(
+                self.recall_curve,
+                recall_target,
+                k,
+                lists=self._index.shape.lists,
+                beyond=beyond,
+            )
+            if effort is None or self._scan_ns(effort) >= self._costs.gather_ns(allowed.count):
+                hits.keys[number], hits.rows[number] = self._compared(query, k, allowed)
+            else:
+                hits.keys[number], hits.rows[number] = self._scanned(query, k, allowed, effort)
+        if not far:
+            return hits
+        reason = f"{hits.report.reason}; {len(far)} queries far from all rows were asked deeper"
+        return replace(hits, report=replace(hits.report, reason=reason))
+
+    def _compare(
+        self, queries: Vectors, k: int, allowed: AllowedRows, decision: Decision
+    ) -> SegmentHits:
+        """Compares every allowed row."""
         report = SearchReport(
-            plan=plan,
+            plan=decision.plan,
             reason=decision.reason,
             family=self.family,
-            rescore_factor=0 if setting is None else setting.factor,
-            expected_recall=1.0 if setting is None else setting.expected_recall,
-            rows_scanned=scanned,
-            rows_rescored=0 if setting is None or setting.depth is None else setting.depth,
+            rescore_factor=0,
+            expected_recall=1.0,
+            rows_scanned=allowed.count,
+            rows_rescored=0,
         )
-        if plan is SearchPlan.NO_ROWS:
+        if decision.plan is SearchPlan.NO_ROWS:
             return no_hits(len(queries), k, report)
-        if setting is not None and setting.depth is not None:
-            keys, rows = self._index.search(queries, k, allowed=allowed.bits(), depth=setting.depth)
-        else:
-            keys, rows = exact_top_k(
-                self.vectors,
-                queries,
-                k,
-                self.meta.metric,
-                None if allowed.everything else allowed.rows(),
-            )
+        keys, rows = self._compared(queries, k, allowed)
         return SegmentHits(keys=keys, rows=rows, report=report)
+
+    def _compared(self, queries: Vectors, k: int, allowed: AllowedRows) -> tuple[Keys, Rows]:
+        if allowed.everything:
+            return exact_top_k(self.vectors, queries, k, self.meta.metric)
+        listed = allowed.rows()
+        self._residence.ask_for(listed)
+        return exact_top_k(self._residence.scattered, queries, k, self.meta.metric, listed)
+
+    def _scanned(
+        self, queries: Vectors, k: int, allowed: AllowedRows, effort: Effort
+    ) -> tuple[Keys, Rows]:
+        assert self._index is not None, "a segment without codes is never scanned"
+        candidates = self._index.candidates(queries, effort, allowed.bits())
+        self._residence.ask_for(candidates)
+        vectors = self._residence.scattered
+        return rescored_top_k(vectors, queries, candidates, k, self.meta.metric)
+
+    def _scan(
+        self,
+        queries: Vectors,
+        k: int,
+        allowed: AllowedRows,
+        decision: Decision,
+        settings: Sequence[Setting],
+    ) -> SegmentHits:
+        """Scans codes and rescores; queries of one effort go together. settings: one a query."""
+        assert self._index is not None, "a segment without codes is never scanned"
+        keys = np.empty((len(queries), k), dtype=np.float32)
+        rows = np.empty((len(queries), k), dtype=np.int64)
+        for effort in dict.fromkeys(setting.effort for setting in settings):
+            assert effort is not None
+            chosen = [i for i, setting in enumerate(settings) if setting.effort == effort]
+            asked = queries if len(chosen) == len(queries) else queries[chosen]
+            keys[chosen], rows[chosen] = self._scanned(asked, k, allowed, effort)
+        widest = max(settings, key=self._effort_of, default=decision.setting)
+        assert widest is not None and widest.effort is not None
+        lists = self._index.shape.lists
+        report = SearchReport(
+            plan=decision.plan,
+            reason=widest.reason,
+            family=self.family,
+            rescore_factor=widest.factor,
+            expected_recall=min((s.expected_recall for s in settings), default=1.0),
+            rows_scanned=self.rows * widest.effort.probes // lists,
+            rows_rescored=widest.effort.depth,
+            probes=widest.effort.probes,
+            lists=lists,
+        )
+        return SegmentHits(keys=keys, rows=rows, report=report)
+
+    def _settings_under(
+        self,
+        queries: Vectors,
+        k: int,
+        recall_target: float,
+        allowed: AllowedRows,
+        setting: Setting,
+    ) -> list[Setting]:
+        """Returns how to search for each query under a restriction, looking around the query.
+
+        setting: right where the allowed rows are as dense as on the whole. Where they are thinner
+        the nearest of them lie further out, in more lists, up to all of them.
+        """
+        assert self._index is not None and setting.effort is not None
+        bits = allowed.bits()
+        assert bits is not None, "not every row is allowed"
+        share = allowed.count / self.rows
+        if setting.effort.probes >= self._index.shape.lists or share >= WIDE_SHARE_MIN:
+            return [setting] * len(queries)
+        around = self._index.allowed_shares(queries, setting.effort.probes, bits)
+        found = []
+        for local in around.tolist():
+            if local >= LOCAL_SHARE_MIN * share:
+                found.append(setting)
+                continue
+            thinner = self._setting(recall_target, k, min(local, share))
+            found.append(thinner if thinner.effort is not None else setting)
+        return found
+
+    def _setting(self, recall_target: float, k: int, selectivity: float) -> Setting:
+        """Returns the cheapest setting for a target; the same question is answered from memory."""
+        assert self._index is not None
+        rank = rank_measured(self.recall_curve, k, selectivity)
+        asked = (recall_target, k, rank)
+        found = self._settings.get(asked)
+        if found is None:
+            found = setting_for(
+                self.recall_curve,
+                recall_target,
+                k,
+                rows=self.rows,
+                lists=self._index.shape.lists,
+                rank=rank,
+                cost_ns=self._scan_ns,
+            )
+            if len(self._settings) >= SETTINGS_KEPT_MAX:
+                self._settings.clear()
+            self._settings[asked] = found
+        return found
+
+    def _scan_ns(self, effort: Effort) -> float:
+        assert self._index is not None
+        return self._costs.scan_ns(self.rows, self._index.shape, effort)
+
+    @staticmethod
+    def _effort_of(setting: Setting) -> int:
+        return 0 if setting.effort is None else setting.effort.probes
 
     def export(self, rows: npt.NDArray[np.integer]) -> SegmentInput:
         """Returns rows as a build takes them, for compaction; their vectors are copied."""
         return SegmentInput(
             ids=self.ids_of(rows),
             seqs=self.seqs[rows],
-            vectors=np.ascontiguousarray(self.vectors[rows]),
+            vectors=widened(np.ascontiguousarray(self.vectors[rows])),
             tails=self.tails(rows),
         )
 
     def memory_bytes(self) -> SegmentMemory:
         """Returns what the segment holds in RAM and what it has mapped."""
         return SegmentMemory(
-            resident_bytes=self._index.memory_bytes()
+            resident_bytes=(0 if self._index is None else self._index.memory_bytes())
+            + self._residence.resident_bytes
             + self._payload.cached_bytes
             + self._columns.cached_bytes,
             mapped_bytes=self._mapped_bytes,
         )
 
-    def _check_rows_agree(self) -> None:
+    def _check_vectors_agree(self) -> None:
+        stored = (self.vectors.shape[1], self.vectors.dtype.itemsize)
+        if stored != (self.meta.dimension, self.meta.storage.value_bytes):
+            raise Corrupt(
+                f"segment {self.segment_id} holds vectors of (values, bytes a value) {stored}, its "
+                f"meta says {self.meta.dimension} x {self.meta.storage.value}"
+            )
         counts = {
             layout.META: self.meta.rows,
             layout.VECTORS: len(self.vectors),
@@ -273,22 +491,13 @@ def _live(rows: int, alive: RowBits | None) -> int:
     return allowed_rows(rows, alive, None).count
 
 
-def _open_vectors(file: MappedFile, meta: SegmentMeta) -> Vectors:
-    rows, dimension, *_ = file.numbers(VECTORS_MAGIC)
-    size_bytes = HEADER_BYTES + rows * dimension * 4
-    if dimension != meta.dimension or file.contents.nbytes != size_bytes:
-        raise Corrupt(
-            f"segment file {file.name} has {file.contents.nbytes} bytes for {rows} rows "
-            f"x {dimension}, of a segment of {meta.rows} rows x {meta.dimension}"
-        )
-    values = file.array(np.float32, rows * dimension, HEADER_BYTES)
-    return cast(Vectors, values.reshape(rows, dimension))
-
-
-def _open_index(codes: MappedFile | None, vectors: Vectors, meta: SegmentMeta) -> VectorIndex:
+def _open_index(codes: MappedFile | None, meta: SegmentMeta) -> CandidateIndex | None:
     if meta.family is Family.FLAT:
-        return FlatIndex(vectors, meta.metric)
+        return None
     if codes is None:
         raise Corrupt(f"a {meta.family.value} segment of {meta.rows} rows lacks its codes")
     contents = np.frombuffer(codes.contents, dtype=np.uint8)
-    return decode_codes(contents, vectors, meta.metric)
+    index = decode_codes(contents, rows=meta.rows, dimension=meta.dimension, metric=meta.metric)
+    if index.family is not meta.family:
+        raise Corrupt(f"codes of a {meta.family.value} segment are those of {index.family.value}")
+    return index

@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from shoal_cluster.domain.errors import Corrupt
+from shoal_cluster.index.distances import widened
 from shoal_cluster.segment import format as layout
-from shoal_cluster.segment.build import VECTORS_MAGIC, SegmentInput, row_hashes
-from shoal_cluster.segment.format import HEADER_BYTES, map_file
+from shoal_cluster.segment.build import SegmentInput, row_hashes
+from shoal_cluster.segment.format import map_file
 from shoal_cluster.segment.ids import IdTable
 from shoal_cluster.segment.payload import PayloadFile
+from shoal_cluster.segment.residence import stored_vectors
 
 ROW_FILES: Final = (layout.VECTORS, layout.IDS, layout.PAYLOAD)
 """What holds the rows: once one of these is damaged, rows are lost."""
@@ -26,25 +28,24 @@ DERIVED_FILES: Final = (layout.CODES, layout.ATTRIBUTES, layout.META)
 
 
 def read_rows(segment_id: str, files: Mapping[str, Path]) -> SegmentInput:
-    """Returns all rows, dead ones included, in row order; vectors are a mapped view.
+    """Returns all rows, dead ones included, in row order; float32 vectors are a mapped view.
 
     files: at least ROW_FILES, whose checksums the caller has compared.
 
     Raises: Corrupt when the files contradict each other or a row does not match its hash (S-4).
     """
     mapped = {name: map_file(f"{segment_id}/{name}", files[name]) for name in ROW_FILES}
-    vectors_file = mapped[layout.VECTORS]
-    rows, dimension, *_ = vectors_file.numbers(VECTORS_MAGIC)
+    vectors = stored_vectors(mapped[layout.VECTORS])
+    rows = len(vectors)
     ids, payload = IdTable(mapped[layout.IDS]), PayloadFile(mapped[layout.PAYLOAD])
     counts = {layout.VECTORS: rows, layout.IDS: ids.rows, layout.PAYLOAD: payload.rows}
     if len(set(counts.values())) != 1:
         raise Corrupt(f"segment {segment_id} has files of different rows: {counts}")
-    values = vectors_file.array(np.float32, rows * dimension, HEADER_BYTES)
     every_row = np.arange(rows)
     found = SegmentInput(
         ids=ids.ids_of(every_row),
         seqs=ids.seqs,
-        vectors=values.astype(np.float32, copy=False).reshape(rows, dimension),
+        vectors=widened(vectors),
         tails=payload.tails(every_row),
     )
     wrong = np.flatnonzero(row_hashes(found) != ids.row_hashes)

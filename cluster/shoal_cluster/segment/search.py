@@ -5,6 +5,7 @@ comes with its reason, which `explain` shows.
 """
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,12 +14,11 @@ import numpy.typing as npt
 from pyroaring import BitMap
 
 from shoal_cluster.filtering import bitmaps
-from shoal_cluster.filtering.selectivity import FilterPlan, choose_plan
 from shoal_cluster.index import row_bits
-from shoal_cluster.index.calibration import RecallCurve, Setting, setting_for
 from shoal_cluster.index.distances import NO_ROW, Keys, Rows
-from shoal_cluster.index.families import Family
+from shoal_cluster.index.families import Effort, Family
 from shoal_cluster.index.row_bits import RowBits
+from shoal_cluster.index.settings import Setting
 
 ROW_LIST_MAX: Final = 8192
 """A filter that passes at most so many rows starts as a row list (7 µs for 4,000 rows), a wider one
@@ -33,7 +33,7 @@ class SearchPlan(enum.Enum):
     GATHER = "gather"
     """Few rows match: they were gathered and compared exactly."""
     SCAN = "scan"
-    """All codes were scanned, the best candidates rescored exactly."""
+    """Codes were scanned, the best candidates rescored exactly."""
     SCAN_BITMAP = "scan_bitmap"
     """The same, with the allowed rows as a bitmap in the scan."""
 
@@ -43,6 +43,7 @@ class SearchReport:
     """How one segment was searched and why. Rows are per query.
 
     rescore_factor: candidates rescored per hit, 0 when everything was computed exactly.
+    probes: lists scanned, at most, of `lists`; both 0 when exact.
     expected_recall: what the segment's own curve promises; 1.0 for exact plans.
     rows_scanned: rows compared, by code or exactly. rows_rescored: at most, after a code scan.
     """
@@ -54,6 +55,8 @@ class SearchReport:
     expected_recall: float
     rows_scanned: int
     rows_rescored: int
+    probes: int = 0
+    lists: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,16 +138,16 @@ def decide(
     allowed: AllowedRows,
     *,
     live: int,
-    dimension: int,
-    k: int,
     family: Family,
-    curve: RecallCurve,
-    recall_target: float,
     exact: bool,
+    setting: Callable[[], Setting],
+    gather_ns: Callable[[int], float],
+    scan_ns: Callable[[Effort], float],
 ) -> Decision:
     """Returns the cheapest plan that reaches the recall target.
 
-    live: rows that are not dead, whether they match or not.
+    live: rows that are not dead, whether they match or not. setting: chooses how to scan, asked
+    only when a scan is possible. gather_ns, scan_ns: costs of the two.
     """
     if allowed.count == 0:
         return Decision(plan=SearchPlan.NO_ROWS, reason="no live row matches")
@@ -152,18 +155,22 @@ def decide(
         return Decision(plan=SearchPlan.EXACT, reason="exact search was asked for")
     if family is Family.FLAT:
         return Decision(plan=SearchPlan.EXACT, reason="the segment is small: no codes were built")
-    if allowed.count < live:
-        choice = choose_plan(matching=allowed.count, live=live, dimension=dimension, k=k)
-        if choice.plan is FilterPlan.GATHER:
-            return Decision(plan=SearchPlan.GATHER, reason=choice.reason)
-    setting = setting_for(curve, recall_target, k, allowed.total)
-    if setting.depth is None:
-        return Decision(plan=SearchPlan.EXACT, reason=setting.reason)
-    if setting.depth >= allowed.count:
-        reason = f"{allowed.count} rows are no more than the {setting.depth} to rescore"
+    chosen = setting()
+    if chosen.effort is None:
+        return Decision(plan=SearchPlan.EXACT, reason=chosen.reason)
+    if chosen.effort.depth >= allowed.count:
+        reason = f"{allowed.count} rows are no more than the {chosen.effort.depth} to rescore"
         return Decision(plan=SearchPlan.GATHER, reason=reason)
+    if allowed.count < live:
+        gather, scan = gather_ns(allowed.count), scan_ns(chosen.effort)
+        if gather <= scan:
+            reason = (
+                f"{allowed.count} of {live} rows match ({allowed.count / live:.2%}): comparing "
+                f"them costs {gather / 1e6:.2f} ms, a scan {scan / 1e6:.2f}"
+            )
+            return Decision(plan=SearchPlan.GATHER, reason=reason)
     plan = SearchPlan.SCAN if allowed.everything else SearchPlan.SCAN_BITMAP
-    return Decision(plan=plan, reason=setting.reason, setting=setting)
+    return Decision(plan=plan, reason=chosen.reason, setting=chosen)
 
 
 def no_hits(queries: int, k: int, report: SearchReport) -> SegmentHits:

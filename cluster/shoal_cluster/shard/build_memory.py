@@ -40,8 +40,8 @@ def _source_bytes(source: SegmentEntry, dimension: int) -> int:
     stored = {file.name: file.size_bytes for file in source.files}
     # All rows of one source are read to pick the living ones; its vectors are mapped.
     payload = _PAYLOAD_EXPANSION * stored.get(layout.PAYLOAD, 0)
-    # FAISS holds the codes (d / 8 bytes a row at most) and, while they are written, a copy.
-    vectors = source.live * (_VECTOR_COPIES * 4 * dimension + dimension // 4)
+    # FAISS holds the codes (d / 2 bytes a row at most) and, while they are written, a copy.
+    vectors = source.live * (_VECTOR_COPIES * 4 * dimension + dimension)
     return vectors + source.live * _ROW_BYTES + payload
 
 

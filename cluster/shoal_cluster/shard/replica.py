@@ -16,13 +16,14 @@ after it, led and acknowledged since. Only an append that began after the probe 
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Protocol
 
 import structlog
 
 from shoal_cluster.domain.errors import Corrupt, NotFound, ShoalError, Unavailable
-from shoal_cluster.domain.ids import ManifestVersion, ShardNumber, Slot
+from shoal_cluster.domain.ids import ManifestVersion, SegmentId, ShardNumber, Slot
 from shoal_cluster.domain.keys import ShardKeys
 from shoal_cluster.domain.limits import PUSH_BYTES_MAX, PUSHES_MAX
 from shoal_cluster.domain.schema import CollectionSchema
@@ -42,6 +43,7 @@ POLL_S = 1.0
 """How often a follower probes when nothing is pushed: bounds staleness after a lost push."""
 _STUCK_POLL_S_MAX = 60.0
 """How often a follower that met damage looks whether somebody has repaired it, at the least."""
+_MOVING = "moving segments to another memory tier"
 _LOAD_ATTEMPTS_MAX = 20
 """Each retry means garbage collection overtook the load, so a newer manifest is there to read."""
 
@@ -88,6 +90,7 @@ class Replica:
         self._wake = asyncio.Event()
         self._tail_seen_s = float("-inf")
         self._follower: asyncio.Task[None] | None = None
+        self._moving: asyncio.Task[None] | None = None
 
     async def load(self) -> None:
         """Loads the newest manifest and the log's tail, then follows.
@@ -108,6 +111,8 @@ class Replica:
         if self._follower is not None:
             tasks.append(self._follower)
             self._follower = None
+        if self._moving is not None:
+            tasks.append(self._moving)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -227,6 +232,8 @@ class Replica:
         self.manifest = manifest
         for segment in before - self.state.segments.keys():
             self.ports.files.forget(segment)
+        # Views that were put together before the tier changed hold readers of the one before.
+        self._keep_tier()
 
     async def _rebuild(self, manifest: Manifest, views: list[SegmentView]) -> None:
         """Installs a manifest whose floor lies inside a memtable: replays what follows it, aside.
@@ -247,6 +254,7 @@ class Replica:
             state.alter(self.schema)  # altered while the log was replayed
         self.state = state
         self.manifest = manifest
+        self._keep_tier()
 
     def alter(self, schema: CollectionSchema) -> None:
         """Takes a newer version of the collection's schema."""
@@ -254,6 +262,31 @@ class Replica:
             return
         self.schema = schema
         self.state.alter(schema)
+        self._keep_tier()
+
+    def _keep_tier(self) -> None:
+        """Begins to move opened segments to the schema's tier, if any is in another."""
+        if self._moving is None and self._in_other_tier() is not None:
+            self._moving = asyncio.ensure_future(self._move_segments())
+
+    async def _move_segments(self) -> None:
+        """Moves one segment after the other while all go on being searched."""
+        try:
+            while (segment := self._in_other_tier()) is not None:
+                reader = self.state.segments[segment].reader
+                move = functools.partial(reader.moved_to, self.schema.tier)
+                self.state.replace_reader(segment, reader, await self.ports.compute.run(move))
+            self.failures.clear(_MOVING)
+        except Exception as error:  # noqa: BLE001  the next manifest or alteration tries again
+            self.failures.note(error, _MOVING)
+        finally:
+            self._moving = None
+
+    def _in_other_tier(self) -> SegmentId | None:
+        for segment, view in self.state.segments.items():
+            if view.reader.tier is not self.schema.tier:
+                return segment
+        return None
 
     @property
     def manifest_version(self) -> ManifestVersion:

@@ -78,12 +78,11 @@ def vectors_of(snapshot: Snapshot, places: Sequence[Place], dimension: int) -> V
     """Returns the rows' vectors as stored, (places, dimension) float32."""
     vectors = np.empty((len(places), dimension), dtype=np.float32)
     for number, (wanted, rows) in _by_number(places).items():
-        stored = (
-            snapshot.memtables[-1 - number].vectors
-            if number < 0
-            else snapshot.segments[number].reader.vectors
-        )
-        vectors[wanted] = stored[rows]
+        if number < 0:
+            vectors[wanted] = snapshot.memtables[-1 - number].vectors[rows]
+        else:
+            reader = snapshot.segments[number].reader
+            vectors[wanted] = reader.vectors_at(np.array(rows, dtype=np.int64))
     return vectors
 
 

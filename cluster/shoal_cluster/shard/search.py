@@ -201,6 +201,9 @@ def _explain_searched(
         "expected_recall": report.expected_recall,
         "rows_scanned": report.rows_scanned,
         "rows_rescored": report.rows_rescored,
+        "probes": report.probes,
+        "lists": report.lists,
+        "index": f"{report.family.value}: {view.reader.meta.family_reason}",
     }
 
 

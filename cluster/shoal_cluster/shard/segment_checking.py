@@ -123,7 +123,7 @@ def _check_rows(entry: SegmentEntry, reader: SegmentReader) -> Iterator[Problem]
         ids = reader.ids_of(rows)
         lost |= BitMap(rows[reader.lookup(ids) != rows].tolist())
         for row, point_id, tail in zip(rows.tolist(), ids, tails, strict=True):
-            vector = reader.vectors[row].tobytes()
+            vector = reader.vector(row).tobytes()
             if row_hash(point_id, int(reader.seqs[row]), vector, tail) != reader.row_hashes[row]:
                 wrong_hashes.add(row)
             if row and point_id <= previous:

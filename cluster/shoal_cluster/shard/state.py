@@ -254,6 +254,13 @@ class ShardState:
             memtable.redeclare(schema)
         self._snapshot = None
 
+    def replace_reader(self, segment: SegmentId, old: SegmentReader, new: SegmentReader) -> None:
+        """Lets another reader of the same files serve a segment, if it still is served by `old`."""
+        view = self.segments.get(segment)
+        if view is not None and view.reader is old:
+            self.segments[segment] = replace(view, reader=new)
+            self._snapshot = None
+
     def locate(self, point_id: bytes) -> "RowPlace | None":
         """Returns where the live row of an id is, or None."""
         for memtable in reversed(self.memtables):

@@ -312,6 +312,7 @@ class SegmentExplain(_message.Message):
     ROWS_SCANNED_FIELD_NUMBER: _builtins.int
     ROWS_RESCORED_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     segment: _builtins.str
     """Segment id, or "memtable"."""
     searched: _builtins.bool
@@ -330,6 +331,8 @@ class SegmentExplain(_message.Message):
     """Rows compared in the first stage, summed over queries."""
     rows_rescored: _builtins.int
     """Rows compared again with their full vectors, summed over queries."""
+    index: _builtins.str
+    """The index the segment was built with, and why: what each kind was expected to cost."""
     @_builtins.property
     def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexSetting]:
         """Settings of the index."""
@@ -352,10 +355,11 @@ class SegmentExplain(_message.Message):
         rows_scanned: _builtins.int = ...,
         rows_rescored: _builtins.int = ...,
         stages: _abc.Iterable[Global___StageTiming] | None = ...,
+        index: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_recall", b"expected_recall", "plan", b"plan", "reason", b"reason", "rows", b"rows", "rows_passing", b"rows_passing", "rows_rescored", b"rows_rescored", "rows_scanned", b"rows_scanned", "searched", b"searched", "segment", b"segment", "settings", b"settings", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_recall", b"expected_recall", "index", b"index", "plan", b"plan", "reason", b"reason", "rows", b"rows", "rows_passing", b"rows_passing", "rows_rescored", b"rows_rescored", "rows_scanned", b"rows_scanned", "searched", b"searched", "segment", b"segment", "settings", b"settings", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -30,8 +30,9 @@ from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.control.catalog import CatalogLog, CollectionRecord
 from shoal_cluster.domain.errors import Corrupt, ShoalError
 from shoal_cluster.domain.keys import CATALOG_PREFIX, CLUSTER_KEY
-from shoal_cluster.index import families
-from shoal_cluster.index.families import Family
+from shoal_cluster.index import cost_model
+from shoal_cluster.index.cost_model import CostModel, FamilyChoice
+from shoal_cluster.index.families import CodeShape, Family
 from shoal_cluster.shard import rows, search
 from shoal_cluster.shard.checking import check_bucket
 from shoal_cluster.shard.replica import Replica
@@ -312,9 +313,12 @@ async def enumerate_cache_flips(bucket: SmallBucket, *, stride: int) -> Findings
     return findings
 
 
-def codes_for_few_rows(rows: int, dimension: int) -> tuple[Family, str]:
+def codes_for_few_rows(rows: int, model: CostModel, recall_target: float) -> FamilyChoice:
     """Gives small segments codes too, so that there is a `codes` file to damage."""
-    return (Family.FAST_SCAN if rows >= ROWS // 2 else Family.FLAT), "for the test"
+    if rows < ROWS // 2:
+        return FamilyChoice(family=Family.FLAT, shape=None, reason="for the test")
+    shape = CodeShape(values_a_code=2)
+    return FamilyChoice(family=Family.FAST_SCAN, shape=shape, reason="for the test")
 
 
 @contextlib.contextmanager
@@ -345,7 +349,7 @@ def main() -> int:
     parser.add_argument("--stride", type=int, default=1, help="try every so manyth byte (1)")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    with mock.patch.object(families, "choose_family", codes_for_few_rows):
+    with mock.patch.object(cost_model, "choose_family", codes_for_few_rows):
         with tempfile.TemporaryDirectory(prefix="shoal-flips-") as folder, _faiss_is_quiet():
             found = run(_whole(Path(folder), arguments.stride))
     for findings in found:

@@ -18,7 +18,7 @@ from shoal_cluster.control.reconcile import CloseReplica, Command, OpenReplica, 
 from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.domain.ids import ServerId
 from shoal_cluster.domain.observation import ReplicaState, ServerReport
-from shoal_cluster.index import families
+from shoal_cluster.index import cost_model
 from shoal_cluster.shard import segment_files
 from shoal_cluster.shard.host import ShardHost
 from tests.integration.durability.flips import (
@@ -47,7 +47,7 @@ ROUNDS_MAX = 1000
 
 @pytest.fixture(autouse=True)
 def small_segments_have_codes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(families, "choose_family", codes_for_few_rows)
+    monkeypatch.setattr(cost_model, "choose_family", codes_for_few_rows)
 
 
 def findings_of(folder: Path, stride: int = STRIDE) -> Findings:

@@ -1,4 +1,4 @@
-"""The fast-scan index against exact search, for every metric and awkward dimensions."""
+"""Codes against exact search: every metric, awkward dimensions, one list and several."""
 
 import threading
 
@@ -10,16 +10,9 @@ from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.schema import Metric
 from shoal_cluster.index import row_bits
 from shoal_cluster.index.distances import NO_ROW, exact_top_k
-from shoal_cluster.index.families import (
-    FLAT_ROWS_MAX,
-    Family,
-    FastScanIndex,
-    FlatIndex,
-    choose_family,
-    decode_codes,
-    encode_codes,
-    train_fast_scan,
-)
+from shoal_cluster.index.families import CodeShape, Effort, Family
+from shoal_cluster.index.fast_scan import FastScanIndex, decode_codes, encode_codes, train_codes
+from shoal_cluster.index.rescoring import rescored_top_k
 
 ROWS = 1200
 
@@ -33,8 +26,26 @@ def clustered_vectors(count: int, dimension: int, seed: int) -> np.ndarray:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def fast_scan(vectors: np.ndarray, metric: Metric) -> FastScanIndex:
-    return FastScanIndex(train_fast_scan(vectors, metric, seed=1), vectors, metric)
+class Searched:
+    """Vectors and codes of them; depth counts as the reader counts it."""
+
+    def __init__(self, vectors: np.ndarray, metric: Metric, shape: CodeShape, seed: int = 1):
+        self.vectors, self.metric = vectors, metric
+        self.codes = train_codes(vectors, metric, shape, seed)
+        self.index = FastScanIndex(self.codes, vectors.shape[1])
+
+    def search(self, queries, k, *, depth, allowed=None, probes=None):
+        effort = Effort(depth=max(depth, k), probes=probes or self.index.shape.lists)
+        candidates = self.index.candidates(queries, effort, allowed)
+        return rescored_top_k(self.vectors, queries, candidates, k, self.metric)
+
+
+def shape_of(vectors: np.ndarray, lists: int = 1) -> CodeShape:
+    return CodeShape(values_a_code=4 if vectors.shape[1] >= 256 else 2, lists=lists)
+
+
+def fast_scan(vectors: np.ndarray, metric: Metric, lists: int = 1) -> Searched:
+    return Searched(vectors, metric, shape_of(vectors, lists))
 
 
 def recall(found: np.ndarray, true: np.ndarray) -> float:
@@ -44,10 +55,13 @@ def recall(found: np.ndarray, true: np.ndarray) -> float:
 
 @pytest.mark.parametrize("metric", Metric)
 @pytest.mark.parametrize("dimension", [2, 3, 17, 384, 1537])
-def test_rescored_hits_have_exact_keys_and_high_recall(metric: Metric, dimension: int) -> None:
+@pytest.mark.parametrize("lists", [1, 12])
+def test_rescored_hits_have_exact_keys_and_high_recall(
+    metric: Metric, dimension: int, lists: int
+) -> None:
     vectors = clustered_vectors(ROWS, dimension, seed=3)
     queries = clustered_vectors(30, dimension, seed=4)
-    index = fast_scan(vectors, metric)
+    index = fast_scan(vectors, metric, lists)
 
     keys, rows = index.search(queries, 10, depth=320)
 
@@ -59,10 +73,11 @@ def test_rescored_hits_have_exact_keys_and_high_recall(metric: Metric, dimension
 
 
 @pytest.mark.parametrize("metric", Metric)
-def test_a_filter_is_never_violated(metric: Metric) -> None:
+@pytest.mark.parametrize("lists", [1, 12])
+def test_a_filter_is_never_violated(metric: Metric, lists: int) -> None:
     vectors = clustered_vectors(ROWS, 32, seed=5)
     queries = clustered_vectors(20, 32, seed=6)
-    index = fast_scan(vectors, metric)
+    index = fast_scan(vectors, metric, lists)
     for share in (0.01, 0.1, 0.5, 0.99):
         rows = np.flatnonzero(np.random.default_rng(7).random(ROWS) < share)
         allowed = row_bits.bits_of_rows(rows, ROWS)
@@ -77,29 +92,34 @@ def test_a_filter_is_never_violated(metric: Metric) -> None:
 def test_fewer_allowed_rows_than_k_are_padded() -> None:
     vectors = clustered_vectors(ROWS, 32, seed=5)
     allowed = row_bits.bits_of_rows(np.array([3, ROWS - 1]), ROWS)
-    for index in (fast_scan(vectors, Metric.L2), FlatIndex(vectors, Metric.L2)):
+    for lists in (1, 12):
+        index = fast_scan(vectors, Metric.L2, lists)
+
         keys, rows = index.search(vectors[:4], 5, allowed=allowed, depth=50)
 
         assert set(rows[0].tolist()) == {3, ROWS - 1, NO_ROW}
         assert np.isposinf(keys[:, 2:]).all() and (rows[:, 2:] == NO_ROW).all()
 
 
-def test_flat_and_fast_scan_give_equal_keys() -> None:
+@pytest.mark.parametrize("lists", [1, 12])
+def test_comparing_all_and_scanning_give_equal_keys(lists: int) -> None:
     vectors = clustered_vectors(ROWS, 48, seed=8)
     queries = clustered_vectors(10, 48, seed=9)
 
-    flat_keys, flat_rows = FlatIndex(vectors, Metric.COSINE).search(queries, 10)
-    keys, rows = fast_scan(vectors, Metric.COSINE).search(queries, 10, depth=ROWS)
+    exact_keys, exact_rows = exact_top_k(vectors, queries, 10, Metric.COSINE)
+    keys, rows = fast_scan(vectors, Metric.COSINE, lists).search(queries, 10, depth=ROWS)
 
-    assert np.array_equal(rows, flat_rows)
-    assert np.array_equal(keys, flat_keys)
+    assert np.array_equal(rows, exact_rows)
+    assert np.array_equal(keys, exact_keys)
 
 
-def test_the_same_seed_gives_the_same_codes() -> None:
+@pytest.mark.parametrize("lists", [1, 12])
+def test_the_same_seed_gives_the_same_codes(lists: int) -> None:
     vectors = clustered_vectors(ROWS, 32, seed=10)
+    shape = shape_of(vectors, lists)
 
     first, second, other = (
-        np.concatenate(encode_codes(train_fast_scan(vectors, Metric.COSINE, seed), 32))
+        np.concatenate(encode_codes(train_codes(vectors, Metric.COSINE, shape, seed), 32))
         for seed in (1, 1, 2)
     )
 
@@ -107,25 +127,29 @@ def test_the_same_seed_gives_the_same_codes() -> None:
     assert not np.array_equal(first, other)
 
 
-def test_codes_survive_their_file() -> None:
+@pytest.mark.parametrize("lists", [1, 12])
+def test_codes_survive_their_file(lists: int) -> None:
     vectors = clustered_vectors(ROWS, 17, seed=11)
-    codes = train_fast_scan(vectors, Metric.L2, seed=1)
-    contents = np.concatenate(encode_codes(codes, 17))
+    written = fast_scan(vectors, Metric.L2, lists)
+    contents = np.concatenate(encode_codes(written.codes, 17))
 
-    opened = decode_codes(contents, vectors, Metric.L2)
+    opened = decode_codes(contents, rows=ROWS, dimension=17, metric=Metric.L2)
 
-    before = FastScanIndex(codes, vectors, Metric.L2).search(vectors[:20], 5, depth=50)
-    after = opened.search(vectors[:20], 5, depth=50)
-    assert np.array_equal(before[1], after[1])
+    effort = Effort(depth=50, probes=min(lists, 3))
+    assert np.array_equal(
+        opened.candidates(vectors[:20], effort), written.index.candidates(vectors[:20], effort)
+    )
+    assert opened.shape == CodeShape(values_a_code=2, lists=lists)
+    assert opened.family is (Family.FAST_SCAN if lists == 1 else Family.INVERTED)
 
 
 @pytest.mark.parametrize(
-    "damage", ["short", "magic", "flipped", "other rows", "other metric", "cut"]
+    "damage", ["short", "magic", "flipped", "other rows", "other metric", "other lists", "cut"]
 )
 def test_wrong_codes_are_refused(damage: str) -> None:
     vectors = clustered_vectors(ROWS, 16, seed=12)
-    contents = np.concatenate(encode_codes(train_fast_scan(vectors, Metric.L2, 1), 16))
-    metric = Metric.L2
+    contents = np.concatenate(encode_codes(fast_scan(vectors, Metric.L2).codes, 16))
+    rows, metric = ROWS, Metric.L2
     if damage == "short":
         contents = contents[:20]
     elif damage == "magic":
@@ -133,14 +157,44 @@ def test_wrong_codes_are_refused(damage: str) -> None:
     elif damage == "flipped":
         contents[200] ^= 1
     elif damage == "other rows":
-        vectors = vectors[:-1]
+        rows -= 1
     elif damage == "other metric":
         metric = Metric.DOT
+    elif damage == "other lists":
+        contents[32] ^= 2
     else:
         contents = contents[:-100]
 
     with pytest.raises(Corrupt, match="codes file"):
-        decode_codes(contents, vectors, metric)
+        decode_codes(contents, rows=rows, dimension=16, metric=metric)
+
+
+@pytest.mark.parametrize("metric", Metric)
+def test_fewer_lists_are_searched_the_nearest_first(metric: Metric) -> None:
+    vectors = clustered_vectors(ROWS, 32, seed=16)
+    queries = clustered_vectors(40, 32, seed=17)
+    index = fast_scan(vectors, metric, lists=40)
+    true = exact_top_k(vectors, queries, 10, metric)[1]
+
+    found = [recall(index.search(queries, 10, depth=160, probes=p)[1], true) for p in (1, 4, 40)]
+
+    places = index.index.list_places(queries, true)
+    covered = [float((places < p).mean()) for p in (1, 4, 40)]
+    assert found == sorted(found) and 0.3 < found[0] < found[1] and found[2] > 0.97
+    assert np.allclose(found, covered, atol=0.04) and covered[2] == 1.0
+
+
+def test_the_share_of_allowed_rows_is_that_around_the_query() -> None:
+    vectors = clustered_vectors(ROWS, 32, seed=18)
+    index = fast_scan(vectors, Metric.L2, lists=40).index
+    near = np.linalg.norm(vectors - vectors[0], axis=1) < 1.0
+    around_it = row_bits.bits_of_rows(np.flatnonzero(near), ROWS)
+    elsewhere = row_bits.bits_of_rows(np.flatnonzero(~near), ROWS)
+
+    assert index.allowed_shares(vectors[:1], 1, around_it)[0] > 0.8
+    assert index.allowed_shares(vectors[:1], 1, elsewhere)[0] < 0.2
+    halves = row_bits.bits_of_rows(np.arange(0, ROWS, 2), ROWS)
+    assert 0.35 < index.allowed_shares(vectors[:9], 30, halves).mean() < 0.65
 
 
 def test_two_threads_search_one_index() -> None:
@@ -183,22 +237,3 @@ def test_a_search_uses_one_thread_in_every_thread() -> None:
     thread.join(timeout=30)
 
     assert counts == [1]
-
-
-@pytest.mark.parametrize(
-    ("rows", "dimension", "family"),
-    [
-        (1, 2, Family.FLAT),
-        (FLAT_ROWS_MAX, 4096, Family.FLAT),
-        (1500, 384, Family.FLAT),
-        (1600, 384, Family.FAST_SCAN),
-        (FLAT_ROWS_MAX + 1, 4096, Family.FAST_SCAN),
-        (50_000, 2, Family.FLAT),
-        (100_000, 2, Family.FAST_SCAN),
-    ],
-)
-def test_small_segments_stay_flat(rows: int, dimension: int, family: Family) -> None:
-    chosen, reason = choose_family(rows, dimension)
-
-    assert chosen is family
-    assert str(rows) in reason

@@ -138,7 +138,7 @@ def test_a_segment_keeps_its_family_and_curve(tmp_path: Path) -> None:
 
     assert small.family is Family.FLAT and small.recall_curve.points == ()
     assert "codes" not in paths_of(built)
-    assert large.family is Family.FAST_SCAN and large.recall_curve.queries == 400
+    assert large.family is Family.FAST_SCAN and large.recall_curve.queries == 600
     assert small.statistics["size"].maximum == 199
     assert large.memory_bytes().mapped_bytes > 2000 * 300 * 4
     assert 2000 * 38 < large.memory_bytes().resident_bytes < 2000 * 300

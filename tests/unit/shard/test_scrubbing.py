@@ -10,8 +10,9 @@ import pytest
 from shoal_cluster.domain.errors import Corrupt, Unavailable
 from shoal_cluster.domain.ids import Slot
 from shoal_cluster.domain.observation import ReplicaState
-from shoal_cluster.index import families
-from shoal_cluster.index.families import Family
+from shoal_cluster.index import cost_model
+from shoal_cluster.index.cost_model import FamilyChoice
+from shoal_cluster.index.families import CodeShape, Family
 from shoal_cluster.manifest.manifest import FileEntry
 from shoal_cluster.segment import format as layout
 from shoal_cluster.shard import host as hosting
@@ -131,10 +132,13 @@ async def settled(served: Served) -> None:
 
 @pytest.fixture(autouse=True)
 def small_segments_have_codes(monkeypatch):
-    def always(rows, dimension):
-        return (Family.FAST_SCAN if rows >= 32 else Family.FLAT), "for the test"
+    def always(rows, model, recall_target):
+        if rows < 32:
+            return FamilyChoice(family=Family.FLAT, shape=None, reason="for the test")
+        shape = CodeShape(values_a_code=2)
+        return FamilyChoice(family=Family.FAST_SCAN, shape=shape, reason="for the test")
 
-    monkeypatch.setattr(families, "choose_family", always)
+    monkeypatch.setattr(cost_model, "choose_family", always)
 
 
 def scenario(
