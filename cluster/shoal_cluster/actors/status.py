@@ -150,6 +150,7 @@ def _shard_status(record: CollectionRecord, shard: ShardNumber, loop: ControlLoo
                 lag_seq=max(0, best.seq - replica.seq),
                 rows=replica.live_rows,
                 memory_bytes=replica.memory_bytes,
+                mapped_bytes=replica.mapped_bytes,
                 set_checksum=replica.sum,
                 reason=replica.reason,
                 failures=replica.failures,

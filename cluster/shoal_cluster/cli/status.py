@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from shoal_cluster.cli.output import Table, mib, seconds
 from shoal_cluster.cli.session import Session, client_options, shoal_command
 from shoal_protos.v1 import admin_pb2
+from shoal_protos.v1.types_pb2 import MemoryTier, VectorStorage
 
 _NODE_ID_SHOWN = 12
 """Ray's node ids have 56 hex digits; twelve tell nodes apart."""
@@ -85,11 +86,22 @@ def _actors(report: admin_pb2.StatusResponse) -> Table:
 def _collections(report: admin_pb2.StatusResponse) -> Table:
     return Table(
         title="Collections",
-        columns=("collection", "dimension", "shards", "replicas", "rows", "recall target"),
+        columns=(
+            "collection",
+            "dimension",
+            "storage",
+            "tier",
+            "shards",
+            "replicas",
+            "rows",
+            "recall target",
+        ),
         rows=[
             (
                 each.schema.name,
                 each.schema.dimension,
+                _enum_text(VectorStorage.Name(each.schema.storage)),
+                _enum_text(MemoryTier.Name(each.schema.tier)),
                 each.schema.shards,
                 each.schema.replicas,
                 each.rows_live,
@@ -137,7 +149,18 @@ def _shards(report: admin_pb2.StatusResponse) -> Table:
 def _replicas(report: admin_pb2.StatusResponse) -> Table:
     return Table(
         title="Replicas",
-        columns=("collection", "shard", "server", "role", "state", "behind", "rows", "memory"),
+        columns=(
+            "collection",
+            "shard",
+            "server",
+            "role",
+            "state",
+            "behind",
+            "rows",
+            "memory",
+            "mapped",
+            "bytes a row",
+        ),
         rows=[
             (
                 each.schema.name,
@@ -148,6 +171,8 @@ def _replicas(report: admin_pb2.StatusResponse) -> Table:
                 replica.lag_seq,
                 replica.rows,
                 mib(replica.memory_bytes),
+                mib(replica.mapped_bytes),
+                round(replica.memory_bytes / replica.rows) if replica.rows else 0,
             )
             for each in report.collections
             for shard in each.shards
@@ -185,7 +210,12 @@ def _present(shard: admin_pb2.ShardStatus, wanted: int) -> str:
 
 
 def _role(replica: admin_pb2.ReplicaStatus) -> str:
-    return admin_pb2.ReplicaRole.Name(replica.role).rpartition("_")[2].lower()
+    return _enum_text(admin_pb2.ReplicaRole.Name(replica.role))
+
+
+def _enum_text(name: str) -> str:
+    """Returns the value's own word: "full" of MEMORY_TIER_FULL."""
+    return name.rpartition("_")[2].lower()
 
 
 def document_of(message: Message) -> dict[str, Any]:

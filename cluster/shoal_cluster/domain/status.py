@@ -44,7 +44,8 @@ class ReplicaStatus:
 
     lag_seq: operations behind the primary. set_checksum: sum of its live rows' hashes modulo 2**64;
     replicas at equal positions must have equal sums. reason: what is wrong with it, or fails in its
-    background, failures times in a row.
+    background, failures times in a row. memory_bytes: held; mapped_bytes: of mapped files, kept in
+    memory as the page cache pleases.
     """
 
     server: ServerId
@@ -55,6 +56,7 @@ class ReplicaStatus:
     staleness_ms: int = 0
     rows: int = 0
     memory_bytes: int = 0
+    mapped_bytes: int = 0
     set_checksum: int = 0
     reason: str = ""
     failures: int = 0

@@ -104,6 +104,7 @@ def _encode_replica(replica: ReplicaStatus, shard: ShardNumber) -> pb.ReplicaSta
         staleness_ms=replica.staleness_ms,
         rows=replica.rows,
         memory_bytes=replica.memory_bytes,
+        mapped_bytes=replica.mapped_bytes,
         set_checksum=replica.set_checksum,
         reason=replica.reason,
         failures=replica.failures,

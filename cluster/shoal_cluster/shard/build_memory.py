@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shoal_cluster.domain import limits
+from shoal_cluster.index.cost_model import WIDE_DIMENSION_MIN
 from shoal_cluster.manifest.manifest import SegmentEntry
 from shoal_cluster.segment import format as layout
 
@@ -36,13 +37,25 @@ def build_bytes(sources: Iterable[SegmentEntry], dimension: int) -> int:
     return _FIXED_BYTES + sum(_source_bytes(source, dimension) for source in sources)
 
 
+def rows_fitting(dimension: int) -> int:
+    """Returns how many rows without payloads one build takes: the largest segment there can be."""
+    row_bytes = _vector_bytes(dimension) + _ROW_BYTES
+    fitting = (limits.BUILD_MEMORY_BYTES_MAX - _FIXED_BYTES) // row_bytes
+    return min(limits.SEGMENT_ROWS_MAX, fitting)
+
+
 def _source_bytes(source: SegmentEntry, dimension: int) -> int:
     stored = {file.name: file.size_bytes for file in source.files}
     # All rows of one source are read to pick the living ones; its vectors are mapped.
     payload = _PAYLOAD_EXPANSION * stored.get(layout.PAYLOAD, 0)
-    # FAISS holds the codes (d / 2 bytes a row at most) and, while they are written, a copy.
-    vectors = source.live * (_VECTOR_COPIES * 4 * dimension + dimension)
-    return vectors + source.live * _ROW_BYTES + payload
+    return source.live * (_vector_bytes(dimension) + _ROW_BYTES) + payload
+
+
+def _vector_bytes(dimension: int) -> int:
+    # FAISS holds the codes and, while they are written, a copy. From 256 values on they have 2 bits
+    # a value at most, else 4.
+    codes = dimension // 2 if dimension >= WIDE_DIMENSION_MIN else dimension
+    return _VECTOR_COPIES * 4 * dimension + codes
 
 
 @contextlib.contextmanager

@@ -26,15 +26,15 @@ from shoal_protos.v1 import collections_pb2 as shoal__protos_dot_v1_dot_collecti
 from shoal_protos.v1 import types_pb2 as shoal__protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshoal_protos/v1/admin.proto\x12\x08shoal.v1\x1a!shoal_protos/v1/collections.proto\x1a\x1bshoal_protos/v1/types.proto\"#\n\rStatusRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"w\n\nNodeStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0c\n\x04\x63pus\x18\x04 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x04\"\x9d\x01\n\x0b\x41\x63torStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x11\n\tuptime_ms\x18\x08 \x01(\x04\x12\x10\n\x08restarts\x18\t \x01(\r\"\x81\x02\n\rReplicaStatus\x12\x0e\n\x06server\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.shoal.v1.ReplicaRole\x12\r\n\x05state\x18\x03 \x01(\t\x12)\n\x08position\x18\x04 \x01(\x0b\x32\x17.shoal.v1.ShardPosition\x12\x0f\n\x07lag_seq\x18\x05 \x01(\x04\x12\x14\n\x0cstaleness_ms\x18\x06 \x01(\x04\x12\x0c\n\x04rows\x18\x07 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cset_checksum\x18\t \x01(\x06\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x0b \x01(\r\"\xcd\x01\n\x0bShardStatus\x12\r\n\x05shard\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x12\n\nfloor_slot\x18\x04 \x01(\x04\x12\x18\n\x10manifest_version\x18\x05 \x01(\x04\x12\x15\n\rmemtable_rows\x18\x06 \x01(\x04\x12\x10\n\x08segments\x18\x07 \x01(\r\x12\x11\n\trows_live\x18\x08 \x01(\x04\x12)\n\x08replicas\x18\t \x03(\x0b\x32\x17.shoal.v1.ReplicaStatus\"x\n\x10\x43ollectionStatus\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\x12\x11\n\trows_live\x18\x02 \x01(\x04\x12%\n\x06shards\x18\x03 \x03(\x0b\x32\x15.shoal.v1.ShardStatus\"\xe7\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0c\x63luster_uuid\x18\x02 \x01(\t\x12\x11\n\tuptime_ms\x18\x03 \x01(\x04\x12\x0e\n\x06\x62ucket\x18\x04 \x01(\t\x12#\n\x05nodes\x18\x05 \x03(\x0b\x32\x14.shoal.v1.NodeStatus\x12%\n\x06\x61\x63tors\x18\x06 \x03(\x0b\x32\x15.shoal.v1.ActorStatus\x12/\n\x0b\x63ollections\x18\x07 \x03(\x0b\x32\x1a.shoal.v1.CollectionStatus\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x04*`\n\x0bReplicaRole\x12\x1c\n\x18REPLICA_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_ROLE_PRIMARY\x10\x01\x12\x19\n\x15REPLICA_ROLE_FOLLOWER\x10\x02\x32\x44\n\x05\x41\x64min\x12;\n\x06Status\x12\x17.shoal.v1.StatusRequest\x1a\x18.shoal.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bshoal_protos/v1/admin.proto\x12\x08shoal.v1\x1a!shoal_protos/v1/collections.proto\x1a\x1bshoal_protos/v1/types.proto\"#\n\rStatusRequest\x12\x12\n\ncollection\x18\x01 \x01(\t\"w\n\nNodeStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0c\n\x04\x63pus\x18\x04 \x01(\r\x12\x14\n\x0cmemory_bytes\x18\x05 \x01(\x04\x12\x19\n\x11memory_used_bytes\x18\x06 \x01(\x04\"\x9d\x01\n\x0b\x41\x63torStatus\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\x0c\n\x04node\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x07 \x01(\t\x12\x11\n\tuptime_ms\x18\x08 \x01(\x04\x12\x10\n\x08restarts\x18\t \x01(\r\"\x97\x02\n\rReplicaStatus\x12\x0e\n\x06server\x18\x01 \x01(\t\x12#\n\x04role\x18\x02 \x01(\x0e\x32\x15.shoal.v1.ReplicaRole\x12\r\n\x05state\x18\x03 \x01(\t\x12)\n\x08position\x18\x04 \x01(\x0b\x32\x17.shoal.v1.ShardPosition\x12\x0f\n\x07lag_seq\x18\x05 \x01(\x04\x12\x14\n\x0cstaleness_ms\x18\x06 \x01(\x04\x12\x0c\n\x04rows\x18\x07 \x01(\x04\x12\x14\n\x0cmemory_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cset_checksum\x18\t \x01(\x06\x12\x0e\n\x06reason\x18\n \x01(\t\x12\x10\n\x08\x66\x61ilures\x18\x0b \x01(\r\x12\x14\n\x0cmapped_bytes\x18\x0c \x01(\x04\"\xcd\x01\n\x0bShardStatus\x12\r\n\x05shard\x18\x01 \x01(\r\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x12\n\nfloor_slot\x18\x04 \x01(\x04\x12\x18\n\x10manifest_version\x18\x05 \x01(\x04\x12\x15\n\rmemtable_rows\x18\x06 \x01(\x04\x12\x10\n\x08segments\x18\x07 \x01(\r\x12\x11\n\trows_live\x18\x08 \x01(\x04\x12)\n\x08replicas\x18\t \x03(\x0b\x32\x17.shoal.v1.ReplicaStatus\"x\n\x10\x43ollectionStatus\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\x12\x11\n\trows_live\x18\x02 \x01(\x04\x12%\n\x06shards\x18\x03 \x03(\x0b\x32\x15.shoal.v1.ShardStatus\"\xe7\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0c\x63luster_uuid\x18\x02 \x01(\t\x12\x11\n\tuptime_ms\x18\x03 \x01(\x04\x12\x0e\n\x06\x62ucket\x18\x04 \x01(\t\x12#\n\x05nodes\x18\x05 \x03(\x0b\x32\x14.shoal.v1.NodeStatus\x12%\n\x06\x61\x63tors\x18\x06 \x03(\x0b\x32\x15.shoal.v1.ActorStatus\x12/\n\x0b\x63ollections\x18\x07 \x03(\x0b\x32\x1a.shoal.v1.CollectionStatus\x12\x0e\n\x06\x61ge_ms\x18\x08 \x01(\x04*`\n\x0bReplicaRole\x12\x1c\n\x18REPLICA_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14REPLICA_ROLE_PRIMARY\x10\x01\x12\x19\n\x15REPLICA_ROLE_FOLLOWER\x10\x02\x32\x44\n\x05\x41\x64min\x12;\n\x06Status\x12\x17.shoal.v1.StatusRequest\x1a\x18.shoal.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shoal_protos.v1.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_REPLICAROLE']._serialized_start=1247
-  _globals['_REPLICAROLE']._serialized_end=1343
+  _globals['_REPLICAROLE']._serialized_start=1269
+  _globals['_REPLICAROLE']._serialized_end=1365
   _globals['_STATUSREQUEST']._serialized_start=105
   _globals['_STATUSREQUEST']._serialized_end=140
   _globals['_NODESTATUS']._serialized_start=142
@@ -42,13 +42,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ACTORSTATUS']._serialized_start=264
   _globals['_ACTORSTATUS']._serialized_end=421
   _globals['_REPLICASTATUS']._serialized_start=424
-  _globals['_REPLICASTATUS']._serialized_end=681
-  _globals['_SHARDSTATUS']._serialized_start=684
-  _globals['_SHARDSTATUS']._serialized_end=889
-  _globals['_COLLECTIONSTATUS']._serialized_start=891
-  _globals['_COLLECTIONSTATUS']._serialized_end=1011
-  _globals['_STATUSRESPONSE']._serialized_start=1014
-  _globals['_STATUSRESPONSE']._serialized_end=1245
-  _globals['_ADMIN']._serialized_start=1345
-  _globals['_ADMIN']._serialized_end=1413
+  _globals['_REPLICASTATUS']._serialized_end=703
+  _globals['_SHARDSTATUS']._serialized_start=706
+  _globals['_SHARDSTATUS']._serialized_end=911
+  _globals['_COLLECTIONSTATUS']._serialized_start=913
+  _globals['_COLLECTIONSTATUS']._serialized_end=1033
+  _globals['_STATUSRESPONSE']._serialized_start=1036
+  _globals['_STATUSRESPONSE']._serialized_end=1267
+  _globals['_ADMIN']._serialized_start=1367
+  _globals['_ADMIN']._serialized_end=1435
 # @@protoc_insertion_point(module_scope)

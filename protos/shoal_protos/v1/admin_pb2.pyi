@@ -180,6 +180,7 @@ class ReplicaStatus(_message.Message):
     SET_CHECKSUM_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    MAPPED_BYTES_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     """The shard server that holds it."""
     role: Global___ReplicaRole.ValueType
@@ -200,6 +201,8 @@ class ReplicaStatus(_message.Message):
     """What is wrong with it, or fails in its background (seals, merges, garbage collection); "": nothing."""
     failures: _builtins.int
     """How often that has failed in a row."""
+    mapped_bytes: _builtins.int
+    """Files it has mapped, bytes; of them the page cache keeps what it can."""
     @_builtins.property
     def position(self) -> _types_pb2.ShardPosition:
         """How far it has applied the shard's order."""
@@ -218,10 +221,11 @@ class ReplicaStatus(_message.Message):
         set_checksum: _builtins.int = ...,
         reason: _builtins.str = ...,
         failures: _builtins.int = ...,
+        mapped_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lag_seq", b"lag_seq", "memory_bytes", b"memory_bytes", "position", b"position", "reason", b"reason", "role", b"role", "rows", b"rows", "server", b"server", "set_checksum", b"set_checksum", "staleness_ms", b"staleness_ms", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failures", b"failures", "lag_seq", b"lag_seq", "mapped_bytes", b"mapped_bytes", "memory_bytes", b"memory_bytes", "position", b"position", "reason", b"reason", "role", b"role", "rows", b"rows", "server", b"server", "set_checksum", b"set_checksum", "staleness_ms", b"staleness_ms", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

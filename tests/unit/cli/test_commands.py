@@ -193,7 +193,7 @@ def test_create_passes_on_everything(served: FakeWorld) -> None:
         served, "collection", "create", "docs", "--dimension", "8", "--metric", "dot",
         "--attribute", "section:keyword", "--attribute", "year:int", "--partition-by", "section",
         "--shards", "4", "--replicas", "2", "--recall-target", "0.9", "--model", "a:b:2",
-        "--chunking-rule", "by paragraph", "--json",
+        "--chunking-rule", "by paragraph", "--storage", "float16", "--tier", "disk", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     schema = json.loads(result.stdout)["schema"]
@@ -210,6 +210,8 @@ def test_create_passes_on_everything(served: FakeWorld) -> None:
         "chunking_rule": "by paragraph",
         "id": "0" * 32,
         "version": 1,
+        "storage": "float16",
+        "tier": "disk",
     }
 
 
@@ -223,6 +225,8 @@ def test_create_passes_on_everything(served: FakeWorld) -> None:
         ["--model", "name"],
         ["--recall-target", "1.1"],
         ["--metric", "euclid"],
+        ["--storage", "int8"],
+        ["--tier", "tape"],
     ],
     ids=" ".join,
 )
@@ -267,3 +271,28 @@ def test_check_does_not_make_the_directory_it_was_to_look_at(
         assert result.exit_code == 1
         assert "there is no directory" in result.stderr
     assert not absent.exists()
+
+
+def test_plan_says_bytes_a_vector_without_a_cluster(world: FakeWorld) -> None:
+    result = run(world, "plan", "--rows", "100000", "--dimension", "384", "--json")
+
+    assert result.exit_code == 0, result.output
+    tiers = json.loads(result.stdout)
+    assert list(tiers) == ["full", "compact", "disk"]
+    assert tiers["compact"]["memory_bytes_per_vector"] <= 120
+    assert tiers["full"]["memory_bytes_per_vector"] > 384 * 4
+    assert tiers["compact"]["family"] == "fast_scan"
+
+    shown = run(
+        world, "plan", "--rows", "9", "--dimension", "8", "--tier", "full", "--storage", "float16"
+    )
+    assert shown.exit_code == 0 and "full: 9 rows are at most" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--rows", "0", "--dimension", "8"], ["--rows", "9", "--dimension", "4097"], ["--rows", "9"]],
+    ids=" ".join,
+)
+def test_a_plan_of_impossible_sizes_is_wrong_usage(world: FakeWorld, wrong: list[str]) -> None:
+    assert run(world, "plan", *wrong).exit_code == 2
