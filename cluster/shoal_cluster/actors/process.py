@@ -23,9 +23,9 @@ requests of one turn of a busy loop, all of them still needed."""
 def spare_collector() -> None:
     """Tells garbage collection to leave alone what a started process keeps for ever.
 
-    Ray, gRPC and our modules are some 300,000 objects. Looking through them took 80 ms each time
-    (half a second on a busy machine), every other second under a load of writes, and for as long
-    nothing was served.
+    Ray, gRPC and our modules are some 100,000 objects. Looking through them took 45 ms of a core
+    each time (half a second on a busy machine), every other second under a load of writes, and for
+    as long nothing was served.
     """
     gc.collect()
     gc.freeze()
