@@ -76,10 +76,10 @@ def effort_beyond(
     """Returns how deep to look where a share of the rows nearer to the query is not allowed.
 
     None: no measured depth reaches the target so far out; every allowed row has to be compared.
-    Half of the misses are kept in reserve: so far out few queries were measured, and `beyond` is
-    itself an estimate.
+    A quarter of the misses is spent: so far out few queries were measured, real ones are harder
+    (8,000 × 384, 10 % left out: 0.940 at a measured 0.975), and `beyond` is itself an estimate.
     """
-    needed = (1 + recall_target) / 2
+    needed = 1 - (1 - recall_target) / 4
     measured = min((p.beyond for p in curve.beyond if p.beyond >= beyond), default=None)
     for point in curve.beyond:
         if point.beyond == measured and point.lower >= needed:

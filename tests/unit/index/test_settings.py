@@ -121,15 +121,15 @@ def test_where_nothing_was_measured_all_lists_are_scanned() -> None:
 @pytest.mark.parametrize(
     ("beyond", "target", "effort"),
     [
-        (0.005, 0.9, Effort(depth=160, probes=7)),
-        (0.01, 0.9, Effort(depth=160, probes=7)),
+        (0.005, 0.8, Effort(depth=160, probes=7)),
+        (0.01, 0.8, Effort(depth=160, probes=7)),
         (0.005, 0.96, Effort(depth=640, probes=7)),
-        (0.02, 0.9, Effort(depth=640, probes=7)),
+        (0.02, 0.8, Effort(depth=640, probes=7)),
         (0.02, 0.96, None),
         (0.2, 0.5, None),
     ],
 )
-def test_far_out_the_next_measured_share_decides_with_half_of_the_misses_in_reserve(
+def test_far_out_the_next_measured_share_decides_and_a_quarter_of_the_misses_is_spent(
     beyond: float, target: float, effort: Effort | None
 ) -> None:
     curve = RecallCurve(
