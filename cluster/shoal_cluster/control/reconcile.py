@@ -3,7 +3,7 @@
 Each command is idempotent, and a command that is lost is simply given again on the next round.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal_cluster.control.catalog import Catalog
@@ -58,12 +58,14 @@ def diff(catalog: Catalog, reports: Reports) -> list[Command]:
     """Returns what brings the observed state closer to the catalog. reports: live servers only."""
     commands: list[Command] = []
     wanted: set[tuple[ServerId, CollectionId, ShardNumber]] = set()
+    held = _held(reports)
     for record in catalog.collections.values():
         for number, servers in enumerate(record.assignment):
             shard = ShardNumber(number)
             live = [server for server in servers if server in reports]
             wanted.update((server, record.schema.id, shard) for server in live)
-            commands += _diff_shard(record.schema, shard, live, reports)
+            found = held.get((record.schema.id, shard), {})
+            commands += _diff_shard(record.schema, shard, live, found, reports)
     for server, report in reports.items():
         for replica in report.replicas:
             if (server, replica.collection, replica.shard) not in wanted:
@@ -71,16 +73,33 @@ def diff(catalog: Catalog, reports: Reports) -> list[Command]:
     return commands
 
 
+def _held(
+    reports: Reports,
+) -> dict[tuple[CollectionId, ShardNumber], dict[ServerId, ReplicaReport]]:
+    """Returns the reports of each shard's replicas, so that nobody searches for them by shard."""
+    held: dict[tuple[CollectionId, ShardNumber], dict[ServerId, ReplicaReport]] = {}
+    for server, report in reports.items():
+        for replica in report.replicas:
+            held.setdefault((replica.collection, replica.shard), {})[server] = replica
+    return held
+
+
+def _among(
+    found: Mapping[ServerId, ReplicaReport], servers: Sequence[ServerId]
+) -> dict[ServerId, ReplicaReport]:
+    return {server: found[server] for server in servers if server in found}
+
+
 def _diff_shard(
-    schema: CollectionSchema, shard: ShardNumber, live: list[ServerId], reports: Reports
+    schema: CollectionSchema,
+    shard: ShardNumber,
+    live: Sequence[ServerId],
+    found: Mapping[ServerId, ReplicaReport],
+    reports: Reports,
 ) -> list[Command]:
+    """live: servers that should hold a replica, preferred first. found: who holds one."""
     commands: list[Command] = []
-    found = {
-        server: replica
-        for server in live
-        for replica in reports[server].replicas
-        if replica.collection == schema.id and replica.shard == shard
-    }
+    found = _among(found, live)
     for server in live:
         replica = found.get(server)
         if (
@@ -120,16 +139,11 @@ def _is_ready(replica: ReplicaReport | None) -> bool:
 def topology_of(catalog: Catalog, reports: Reports, cluster_uuid: bytes, version: int) -> Topology:
     """Returns what coordinators should know: live servers and loaded replicas only."""
     collections = {}
+    held = _held(reports)
     for record in catalog.collections.values():
         shards = []
         for number, servers in enumerate(record.assignment):
-            found = {
-                server: replica
-                for server in servers
-                if server in reports
-                for replica in reports[server].replicas
-                if replica.collection == record.schema.id and replica.shard == number
-            }
+            found = _among(held.get((record.schema.id, ShardNumber(number)), {}), servers)
             leader = leader_of(found)
             shards.append(
                 ShardPlace(
