@@ -74,7 +74,7 @@ class AsyncLanes:
         except ConnectionError as error:
             reason = f"the lane to {self._address} broke: {error}"
             raise error_of_lost_call(reason, is_write=is_write) from error
-        return reply_of(reply)
+        return reply_of(reply, is_write=is_write)
 
     async def close(self) -> None:
         self._closed = True

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from shoal.errors import KINDS, Internal, ShoalError
-from shoal.rpc import error_of_lost_call
+from shoal.rpc import error_of_lost_call, known_of
 from shoal_protos.frames import (
     FRAME_BYTES_MAX,
     Buffer,
@@ -126,13 +126,13 @@ def error_of_frame(header: object) -> ShoalError:
     )
 
 
-def reply_of(frame: Frame) -> memoryview | None:
+def reply_of(frame: Frame, *, is_write: bool) -> memoryview | None:
     """Returns the serialised response; None when it must be asked for over gRPC.
 
     Raises: the ShoalError that the server answered with.
     """
     if frame.type is FrameType.ERROR:
-        raise error_of_frame(frame.header)
+        raise known_of(error_of_frame(frame.header), is_write=is_write)
     if frame.header == TOO_LARGE:
         return None
     return frame.body
@@ -179,7 +179,7 @@ class BlockingLanes:
             raise error_of_lost_call(reason, is_write=is_write) from error
         finally:
             self._give_back(lane, sound)
-        return reply_of(reply)
+        return reply_of(reply, is_write=is_write)
 
     def close(self) -> None:
         with self._lock:

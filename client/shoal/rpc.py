@@ -211,10 +211,21 @@ def error_of(failure: grpc.RpcError, *, is_write: bool, address: str) -> ShoalEr
     for key, value in call.trailing_metadata() or ():
         if key == ERROR_DETAIL_KEY and isinstance(value, bytes):
             try:
-                return error_of_detail(types_pb2.ErrorDetail.FromString(value))
+                detail = error_of_detail(types_pb2.ErrorDetail.FromString(value))
+                return known_of(detail, is_write=is_write)
             except DecodeError:
                 break
     return _error_of_status(call.code(), call.details() or "", is_write=is_write, address=address)
+
+
+def known_of(error: ShoalError, *, is_write: bool) -> ShoalError:
+    """Returns the error as it is, but for a read that ended without a result: it did nothing.
+
+    Who ends a call at its deadline need not know which kind it was.
+    """
+    if isinstance(error, Indeterminate) and not is_write:
+        return error_of_lost_call(error.message, is_write=False)
+    return error
 
 
 def error_of_detail(detail: types_pb2.ErrorDetail) -> ShoalError:

@@ -183,7 +183,25 @@ async def sees_errors(asked: Asked) -> None:
 test_errors_arrive_with_all_their_fields = both(sees_errors)
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"overloaded", "unavailable", "not_primary"}))
+RETRIED = {"overloaded", "unavailable", "not_primary", "indeterminate"}
+
+
+@pytest.mark.parametrize("transport", ["auto", "grpc"])
+def test_a_read_that_was_ended_without_a_result_did_nothing(tap: Wiretap, transport: Any) -> None:
+    async def scenario() -> None:
+        error = KINDS["indeterminate"]("it was cancelled while it was served")
+        async with loopback(searching=Scripted(error)) as at:
+            async with shoal.AsyncClient(
+                at.server.address, timeout_s=0.3, transport=transport
+            ) as client:
+                with pytest.raises(shoal.Unavailable) as caught:
+                    await client.collection("docs").search(VECTOR, k=1)
+                assert caught.value.outcome == "not_applied"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - RETRIED))
 def test_every_kind_of_error_is_the_same_over_both(tap: Wiretap, kind: str) -> None:
     async def scenario() -> None:
         error = KINDS[kind]("the süß message", field="a[3]", limit="1 to 2", retry_after_ms=7)
