@@ -216,7 +216,8 @@ def test_half_precision_vectors_move_between_memory_tiers(client: shoal.Client) 
 
     wait_until(held, timeout_s=30, what="vectors in memory")
     after = halves.search(vectors[7], k=5, exact=True)
-    assert (after.ids, after.scores) == (before.ids, before.scores)
+    assert list(after.ids) == list(before.ids)
+    assert list(after.scores) == list(before.scores)
     client.drop_collection("halves")
 
 
