@@ -59,7 +59,7 @@ def test_killed_shard_server_costs_no_query_and_no_acknowledged_write(tmp_path: 
             assert failures == []
             assert answered > 20
             assert load.violations(collection) == []
-            wait_until(lambda: replicas_agree(client), timeout_s=30, what="replicas agree")
+            wait_until(lambda: replicas_agree(client, "load"), timeout_s=30, what="replicas agree")
             print(f"replicas back after {back_s:.1f} s, {len(load.acknowledged)} rows")
 
 
@@ -84,4 +84,4 @@ def test_kill_of_every_process_during_a_load_loses_nothing(tmp_path: Path) -> No
             wait_until(lambda: ready_replicas(client, None) == 4, timeout_s=60, what="all ready")
             assert load.violations(collection) == []
             collection.upsert(ids=["after"], vectors=np.ones((1, DIMENSION), dtype=np.float32))
-            wait_until(lambda: replicas_agree(client), timeout_s=30, what="replicas agree")
+            wait_until(lambda: replicas_agree(client, "load"), timeout_s=30, what="replicas agree")
