@@ -95,14 +95,14 @@ class RawSearch:
         self._effort = Effort(depth=setup.depth, probes=setup.probes)
 
     def ask(self, query: Floats) -> npt.NDArray[np.int64]:
-        candidates = self._index.candidates(query, self._effort)
-        rows: npt.NDArray[np.int64] = rescored_top_k(
-            self._vectors, query, candidates, K, Metric.COSINE
-        )[1][0]
+        rows: npt.NDArray[np.int64] = self.ask_batch(query)[0]
         return rows
 
     def ask_batch(self, queries: Floats) -> npt.NDArray[np.int64]:
-        rows: npt.NDArray[np.int64] = self._index.search(queries, K, depth=self._depth)[1]
+        candidates = self._index.candidates(queries, self._effort)
+        rows: npt.NDArray[np.int64] = rescored_top_k(
+            self._vectors, queries, candidates, K, Metric.COSINE
+        )[1]
         return rows
 
 
