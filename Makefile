@@ -101,7 +101,7 @@ define bench_venv
 	@$(PYTHON) -m venv $(@D)
 	@if $(@D)/bin/python -m pip --quiet --disable-pip-version-check install \
 		--requirement $< > $(@D)/install.log 2>&1; then touch $@; \
-	else grep -i '^error' $(@D)/install.log | head -3 > $(@D)/install-error.txt || true; \
+	else grep -i '^error' $(@D)/install.log | tail -1 | cut -c1-300 > $(@D)/install-error.txt || true; \
 		echo "$(1) could not be installed: see $(@D)/install.log"; fi
 endef
 

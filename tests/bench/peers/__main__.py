@@ -9,7 +9,9 @@ corpus. docs/benchmarks.md says how to read what it prints.
 
 import argparse
 import json
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -69,6 +71,8 @@ def main() -> None:
         size, name, engines = full_size(options.rows), options.corpus, options.engines.split(",")
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"no engine {', '.join(sorted(unknown))}; there are {', '.join(ENGINES)}")
+    # A terminated run cleans up as an interrupted one does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     tell = _teller(time.perf_counter())
     tell(f"reading {size.rows:,} rows of {name!r} and finding exact answers")
     try:

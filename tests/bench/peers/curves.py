@@ -40,7 +40,8 @@ def draw(bench: dict[str, Any]) -> Any:
                 (each["recall"], each["mean_ms"])
                 for swept in engine["sweep"]
                 if swept["condition"] == asked["condition"]
-                for each in swept["tried"]
+                for chain in swept["tried"]
+                for each in chain
             ]
             best = cheapest_at(tried)
             panel.plot(

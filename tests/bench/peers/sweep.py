@@ -20,15 +20,18 @@ class Tried:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """All that was tried. finished: False when time ran out before every chain was searched."""
+    """tried: what was tried of each chain, in the chain's order.
 
-    tried: Sequence[Tried]
+    finished: False when time ran out before every chain was searched.
+    """
+
+    tried: Sequence[Sequence[Tried]]
     finished: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chosen:
-    """reached: False when no setting did; `tried` is then the one with the highest recall."""
+    """reached: False when no setting did; `tried` is then one with the highest recall."""
 
     target: float
     tried: Tried
@@ -45,34 +48,56 @@ def sweep(
 
     Recall must not fall along a chain. time_left: asked before every measurement but the first.
     """
-    tried: list[Tried] = []
+    found: list[dict[int, Tried]] = []
+    finished = False
     for chain in chains:
-        found: dict[int, Tried] = {}
-        for target in sorted(targets, reverse=True):
-            low, high = 0, len(chain) - 1
-            while low < high or low not in found:
-                middle = (low + high) // 2
-                if middle not in found:
-                    if tried and not time_left():
-                        return Sweep(tried=tried, finished=False)
-                    found[middle] = measure(chain[middle])
-                    tried.append(found[middle])
-                if low == high:
-                    break
-                if found[middle].recall >= target:
-                    high = middle
-                else:
-                    low = middle + 1
-    return Sweep(tried=tried, finished=True)
+        found.append({})
+        finished = _search(chain, targets, measure, time_left, found)
+        if not finished:
+            break
+    tried = [[each[place] for place in sorted(each)] for each in found if each]
+    return Sweep(tried=tried, finished=finished)
 
 
-def choose(tried: Sequence[Tried], target: float) -> Chosen:
-    """Returns the cheapest setting that reaches the target, or the nearest to it."""
-    enough = [each for each in tried if each.recall >= target]
+def _search(
+    chain: Sequence[Setting],
+    targets: Sequence[float],
+    measure: Callable[[Setting], Tried],
+    time_left: Callable[[], bool],
+    found: Sequence[dict[int, Tried]],
+) -> bool:
+    """Searches one chain; returns False when time runs out. found: of each chain, this one last."""
+    here = found[-1]
+    for target in sorted(targets, reverse=True):
+        low, high = 0, len(chain) - 1
+        while low < high or low not in here:
+            middle = (low + high) // 2
+            if middle not in here:
+                if any(found) and not time_left():
+                    return False
+                here[middle] = measure(chain[middle])
+            if low == high:
+                break
+            if here[middle].recall >= target:
+                high = middle
+            else:
+                low = middle + 1
+    return True
+
+
+def choose(tried: Sequence[Sequence[Tried]], target: float) -> Chosen:
+    """Returns the cheapest of the first settings of each chain that reach the target.
+
+    Within a chain the order says which is cheaper, whatever a busy machine measured. When none
+    reaches the target: the setting with the highest recall.
+    """
+    firsts = [next((each for each in chain if each.recall >= target), None) for chain in tried]
+    enough = [each for each in firsts if each is not None]
     if enough:
         cheapest = min(enough, key=lambda each: each.mean_ms)
         return Chosen(target=target, tried=cheapest, reached=True)
-    nearest = max(tried, key=lambda each: (each.recall, -each.mean_ms))
+    every = [each for chain in tried for each in chain]
+    nearest = max(every, key=lambda each: (each.recall, -each.mean_ms))
     return Chosen(target=target, tried=nearest, reached=False)
 
 

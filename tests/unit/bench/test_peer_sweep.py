@@ -55,20 +55,25 @@ def test_sweep_tries_every_chain() -> None:
 def test_sweep_that_runs_out_of_time_has_tried_one_setting_and_says_so() -> None:
     curve = Curve({10: (0.5, 1), 20: (0.6, 1)})
     found = sweep([_chain(10, 20)], TARGETS, curve.measure, lambda: False)
-    assert [each.setting for each in found.tried] == [{"ef": 10}]
+    assert [each.setting for chain in found.tried for each in chain] == [{"ef": 10}]
     assert not found.finished
 
 
-def test_cheapest_setting_that_reaches_the_recall_is_chosen_not_the_first() -> None:
+def test_cheapest_chain_that_reaches_the_recall_is_chosen_not_the_first() -> None:
     slow, quick = _tried(0.96, 5.0), _tried(0.97, 3.0)
-    chosen = choose([_tried(0.9, 1.0), slow, quick], 0.95)
+    chosen = choose([[_tried(0.9, 1.0), slow], [quick]], 0.95)
     assert chosen.reached
     assert chosen.tried is quick
 
 
+def test_noise_does_not_make_a_later_setting_of_a_chain_the_cheaper_one() -> None:
+    disturbed, later = _tried(0.96, 5.0), _tried(0.99, 3.0)
+    assert choose([[disturbed, later]], 0.95).tried is disturbed
+
+
 def test_engine_that_never_reaches_the_recall_is_measured_at_its_best_and_marked() -> None:
     best = _tried(0.93, 9.0)
-    chosen = choose([_tried(0.9, 1.0), best, _tried(0.93, 12.0)], 0.95)
+    chosen = choose([[_tried(0.9, 1.0), best], [_tried(0.93, 12.0)]], 0.95)
     assert not chosen.reached
     assert chosen.tried is best
 
