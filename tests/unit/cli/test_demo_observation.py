@@ -8,7 +8,7 @@ from shoal_cluster.cli.demo.observation import (
     sealing_is_due,
 )
 from shoal_cluster.domain.errors import Unavailable
-from shoal_cluster.domain.limits import SEAL_OPERATIONS
+from shoal_cluster.domain.limits import SETTLE_OPERATIONS
 from shoal_protos.v1 import admin_pb2
 from tests.unit.cli.fakes import status_report
 
@@ -76,7 +76,7 @@ def test_rows_not_indexed_are_those_of_the_demo_only() -> None:
 
 def test_sealing_is_due_when_one_shard_has_a_segment_full() -> None:
     filled = report()
-    filled.collections[0].shards[0].memtable_rows = SEAL_OPERATIONS - 1
+    filled.collections[0].shards[0].memtable_rows = SETTLE_OPERATIONS - 1
     assert not sealing_is_due(filled)
-    filled.collections[0].shards[1].memtable_rows = SEAL_OPERATIONS
+    filled.collections[0].shards[1].memtable_rows = SETTLE_OPERATIONS
     assert sealing_is_due(filled)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from shoal_cluster.cli.demo.corpus import COLLECTION
 from shoal_cluster.domain.errors import Unavailable
-from shoal_cluster.domain.limits import SEAL_OPERATIONS
+from shoal_cluster.domain.limits import SETTLE_OPERATIONS
 from shoal_protos.v1 import admin_pb2
 
 
@@ -33,8 +33,8 @@ def rows_not_indexed(report: admin_pb2.StatusResponse) -> int:
 
 
 def sealing_is_due(report: admin_pb2.StatusResponse) -> bool:
-    """Says whether a shard still holds enough rows to be made a segment."""
-    return any(shard.memtable_rows >= SEAL_OPERATIONS for shard in shards_of(report))
+    """Says whether a shard still holds enough rows to be made a segment, now that it is quiet."""
+    return any(shard.memtable_rows >= SETTLE_OPERATIONS for shard in shards_of(report))
 
 
 def is_whole(
