@@ -38,7 +38,7 @@ from shoal_cluster.shard.calls import (
     fates_from_wire,
 )
 from shoal_cluster.wal.log import check_follows
-from shoal_cluster.wal.record import RequestMark, WalIdentity, WalRecord, decode_record
+from shoal_cluster.wal.record import RecordKind, RequestMark, WalIdentity, WalRecord, decode_record
 from tests.simulation.bucket import WatchedObjects
 
 Place = tuple[str, int]
@@ -268,6 +268,7 @@ class _ShardTrial:
         rows: Rows = {}
         previous: WalRecord | None = None
         seq = 0
+        fenced: dict[int, int] = {}
         by_seq: dict[int, list[Read]] = defaultdict(list)
         for read in self._audit.reads[self._place]:
             by_seq[read.as_of.position.seq].append(read)
@@ -278,6 +279,13 @@ class _ShardTrial:
             except Corrupt as error:
                 self._say(f"log broken: {error.message}")
                 return
+            if record.kind is RecordKind.FENCE:
+                if record.epoch in fenced:
+                    self._say(
+                        f"two primaries: epoch {record.epoch} fenced slot {fenced[record.epoch]} "
+                        f"and slot {record.slot}"
+                    )
+                fenced[record.epoch] = record.slot
             self._judge_requests(record, dict(rows))
             _apply(rows, record)
             previous = record

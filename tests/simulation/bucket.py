@@ -10,12 +10,14 @@ import asyncio
 import random
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 from shoal_cluster.bucket.faults import FaultStore
 from shoal_cluster.bucket.store import ObjectEntry, PutOutcome
+from tests.simulation.ambush import Ambush, Site
 from tests.simulation.loop import Process
 from tests.simulation.world import World
 
@@ -24,9 +26,6 @@ T = TypeVar("T")
 CHAIN_FRAMES_MAX = 40
 STALL_S_MAX = 15.0
 _PACKAGE = "/shoal_cluster/"
-
-Site = tuple[str, str, int]
-"""File below shoal_cluster, function, line."""
 
 
 class WatchedObjects(dict[str, bytes]):
@@ -111,6 +110,18 @@ class StoreCalls:
         return True
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asleep:
+    """How long a call waits before it takes effect and after. frozen: its whole process does."""
+
+    before_s: float = 0.0
+    after_s: float = 0.0
+    frozen: bool = False
+
+
+_AWAKE = _Asleep()
+
+
 class SimulatedStore:
     """One process's handle to the bucket (bucket/store.py Store)."""
 
@@ -179,22 +190,48 @@ class SimulatedStore:
         answer: asyncio.Future[T] = world.loop.create_future()
         if self._calls.crash_if_due(process, chain, after=False):
             return await answer  # never: the process is dead
-        stall_s, asleep_first = self._draw_stall(chain)
-        world.spawn(self._carry(method, key, chain, operation, answer, stall_s * asleep_first))
+        asleep = self._draw_stall(key, chain)
+        world.spawn(self._carry(method, key, chain, operation, answer, asleep))
         return await answer
 
-    def _draw_stall(self, chain: tuple[Site, ...]) -> tuple[float, bool]:
+    def _draw_stall(self, key: str, chain: tuple[Site, ...]) -> _Asleep:
         """Sometimes stops the process here, as SIGSTOP does; the call leaves before or after."""
         world, process = self._world, self._process
+        if world.ambush is not None and world.ambush.catches(process, key, chain):
+            return self._fall_asleep(world.ambush, key, chain)
         taking_over = any(site[0] == "shard/takeover.py" for site in chain)
         if self._rng.random() >= (world.takeover_stall if taking_over else world.stall):
-            return 0.0, False
+            return _AWAKE
         stall_s = STALL_S_MAX * self._rng.random()
         world.note(process.name, f"stalls for {stall_s:.3f} s at {chain[0][1] if chain else '?'}")
         world.counts["stalls"] += 1
         process.freeze()
         world.spawn(self._thaw(stall_s))
-        return stall_s, self._rng.random() < 0.5
+        return _Asleep(before_s=stall_s * (self._rng.random() < 0.5), frozen=True)
+
+    def _fall_asleep(self, ambush: Ambush, key: str, chain: tuple[Site, ...]) -> _Asleep:
+        """Stops the process, or only this call, in the section that the ambush is laid for."""
+        world, process = self._world, self._process
+        sleep_s, before, frozen = ambush.draw_sleep()
+        how = "sleeps" if frozen else "waits"
+        world.note(
+            process.name, f"{how} for {sleep_s:.3f} s at {chain[0][1]}, {ambush.section.name}"
+        )
+        world.counts["ambushes"] += 1
+        if frozen:
+            process.freeze()
+        ambush.sleeper = process
+        world.spawn(self._wake_up(ambush, sleep_s, frozen=frozen))
+        ambush.on_sleep(process, key)
+        if before:
+            return _Asleep(before_s=sleep_s, frozen=frozen)
+        return _Asleep(after_s=0.0 if frozen else sleep_s, frozen=frozen)
+
+    async def _wake_up(self, ambush: Ambush, delay_s: float, *, frozen: bool) -> None:
+        await asyncio.sleep(delay_s)
+        ambush.sleeper = None
+        if frozen:
+            self._process.thaw()
 
     async def _thaw(self, delay_s: float) -> None:
         await asyncio.sleep(delay_s)
@@ -207,12 +244,12 @@ class SimulatedStore:
         chain: tuple[Site, ...],
         operation: Callable[[], Awaitable[Any]],
         answer: "asyncio.Future[Any]",
-        asleep_s: float,
+        asleep: _Asleep,
     ) -> None:
         """Takes the operation to the bucket and the answer back, whatever becomes of the caller."""
         world = self._world
-        await asyncio.sleep(asleep_s + world.delays.draw(self._rng))
-        if asleep_s and not self._process.alive:
+        await asyncio.sleep(asleep.before_s + world.delays.draw(self._rng))
+        if asleep.before_s and asleep.frozen and not self._process.alive:
             return  # it died before it came to send the call
         try:
             result, error = await operation(), None
@@ -222,7 +259,7 @@ class SimulatedStore:
             outcome = type(error).__name__ if error else getattr(result, "value", "done")
             world.note(self._process.name, f"{method} {key}: {outcome}")
         self._calls.crash_if_due(self._process, chain, after=True)
-        await asyncio.sleep(world.delays.draw(self._rng))
+        await asyncio.sleep(asleep.after_s + world.delays.draw(self._rng))
         if answer.done():
             return
         if error is not None:

@@ -58,6 +58,8 @@ COLLECTION = "points"
 DIMENSION = 2
 GROUPS = ("red", "green", "blue")
 ALL = 100
+BURST_S = 1.0
+"""How long clients are busy between two silences."""
 
 _LEVELS = {
     Level.EVENTUAL: Consistency.EVENTUAL,
@@ -118,9 +120,13 @@ class SimulatedClient:
         self._requests = 0
         self._attempts_max = self._rng.choice((1, 4))
 
-    async def work(self, until_s: float, pause_s: float) -> None:
-        """Does one random thing after the other."""
-        while self._world.loop.time() < until_s:
+    async def work(self, until_s: float, pause_s: float, silence_s: float = 0.0) -> None:
+        """Does one random thing after the other; all clients are silent at the same times."""
+        while (now_s := self._world.loop.time()) < until_s:
+            into_s = now_s % (BURST_S + silence_s)
+            if into_s > BURST_S:
+                await asyncio.sleep(BURST_S + silence_s - into_s)
+                continue
             await self.step()
             await asyncio.sleep(self._rng.random() * pause_s)
 

@@ -296,9 +296,9 @@ class SimulatedCoordinator:
         self.machine = machine
         self.process = machine.process
         self.board = TopologyBoard(CLUSTER_UUID)
-        caller: ShardCaller = AuditedCaller(LinkCaller(machine.pool(), self.board), audit)
-        self.searcher = Searcher(caller=caller, topology=self.board, clock=machine.clock)
-        self.writer = Writer(caller=caller, topology=self.board, clock=machine.clock)
+        self.caller: ShardCaller = AuditedCaller(LinkCaller(machine.pool(), self.board), audit)
+        self.searcher = Searcher(caller=self.caller, topology=self.board, clock=machine.clock)
+        self.writer = Writer(caller=self.caller, topology=self.board, clock=machine.clock)
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         return await work

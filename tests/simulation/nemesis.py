@@ -12,7 +12,10 @@ from shoal_cluster.domain.errors import ShoalError, Unavailable
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import AttributeType, CollectionSchema
 from shoal_cluster.domain.schema_change import SchemaChange
+from tests.simulation.ambush import Ambush, Role
+from tests.simulation.catalog_ledger import ABSENT, ALTERED, CREATED, EXTRA, CatalogLedger
 from tests.simulation.cluster import Cluster
+from tests.simulation.loop import Process
 from tests.simulation.server import draw_between
 from tests.simulation.world import Delays
 
@@ -24,7 +27,9 @@ class Weather:
     """How hard a run is. mean_calm_s: between two misfortunes; misfortunes: their kinds.
 
     hurried: seals, garbage collection, clients and takeovers follow each other as fast as they can,
-    so that much happens behind the back of a process that sleeps.
+    so that much happens behind the back of a process that sleeps. ambush: where it falls asleep.
+    apart: servers cannot connect to each other; followers learn of writes from the bucket only.
+    silence_s: for how long all clients pause at once, in turns with bursts.
     """
 
     bucket: FaultPlan
@@ -35,9 +40,13 @@ class Weather:
     mean_calm_s: float
     misfortunes: Sequence[str]
     hurried: bool
+    ambush: Ambush | None = None
+    apart: bool = False
+    silence_s: float = 0.0
 
 
-HURRIED_SHARE = 0.35
+AMBUSHED_SHARE, HURRIED_SHARE = 0.45, 0.15
+"""Of all runs. The others have everything at once, or a single kind of misfortune, or none."""
 
 MISFORTUNES = (
     "crash server",
@@ -60,7 +69,10 @@ def draw_weather(rng: random.Random) -> Weather:
     """Returns a run's weather; one in four has a single kind of misfortune, one in eight none."""
     kinds: Sequence[str] = MISFORTUNES
     luck = rng.random()
-    if rng.random() < HURRIED_SHARE:
+    kind = rng.random()
+    if kind < AMBUSHED_SHARE:
+        return _draw_ambush(rng)
+    if kind < AMBUSHED_SHARE + HURRIED_SHARE:
         return Weather(
             bucket=NO_FAULTS if rng.random() < 0.7 else _draw_bucket(rng),
             delays=Delays(usual_s=0.005, rare_s=4.0, rare=rng.choice((0.0, 0.005))),
@@ -91,6 +103,24 @@ def draw_weather(rng: random.Random) -> Weather:
     )
 
 
+def _draw_ambush(rng: random.Random) -> Weather:
+    """Returns a hurried run with little else going wrong than that somebody sleeps in one place."""
+    ambush = Ambush(rng)
+    return Weather(
+        bucket=NO_FAULTS if rng.random() < 0.8 else _draw_bucket(rng),
+        delays=Delays(usual_s=0.005, rare_s=1.0, rare=rng.choice((0.0, 0.005))),
+        reply_loss=0.0,
+        stall=0.0,
+        takeover_stall=0.0,
+        mean_calm_s=rng.choice((0.5, 1.5)),
+        misfortunes=ambush.section.misfortunes,
+        hurried=True,
+        ambush=ambush,
+        apart=ambush.apart,
+        silence_s=ambush.silence_s,
+    )
+
+
 def _draw_bucket(rng: random.Random) -> FaultPlan:
     """Returns a plan; usually thinned, so that there is something left to go wrong in between."""
     plan = draw_legal_plan(rng)
@@ -108,6 +138,10 @@ class Nemesis:
         self._schema = schema
         self._shards = schema.shards
         self._rng = cluster.world.rng("nemesis")
+        self.catalog = CatalogLedger()
+        if weather.ambush is not None:
+            weather.ambush.on_sleep = self._behind_the_back_of
+            weather.ambush.role_of = self._role_of
 
     async def run(self, until_s: float) -> None:
         world = self._cluster.world
@@ -115,6 +149,8 @@ class Nemesis:
             await asyncio.sleep(self._rng.expovariate(1 / self._weather.mean_calm_s))
             if world.loop.time() >= until_s:
                 return
+            if world.ambush is not None and world.ambush.sleeper is not None:
+                continue  # the others are to get on while it sleeps
             kind = self._rng.choice(self._weather.misfortunes)
             world.counts[kind] += 1
             await self._befall(kind)
@@ -140,7 +176,9 @@ class Nemesis:
             case "sever links" if server is not None:
                 cluster.network.sever(server.address)
             case "forced takeover" if server is not None:
-                world.spawn(self._force_takeover(name))
+                world.spawn(self._force_takeover(name, self._rng.randrange(self._shards)))
+            case "takeovers in a row":
+                world.spawn(self._force_takeovers(self._rng.randrange(self._shards)))
             case "second controller":
                 controller = cluster.start_controller()
                 duration_s = draw_between(self._rng, 1.0, 15.0)
@@ -170,10 +208,48 @@ class Nemesis:
         if not any(controller.process.alive for controller in self._cluster.controllers):
             self._cluster.start_controller()
 
-    async def _force_takeover(self, name: str) -> None:
+    def _behind_the_back_of(self, sleeper: Process, key: str) -> None:
+        """Has another replica take over the shard that the sleeper is at."""
+        ambush = self._weather.ambush
+        after_s = None if ambush is None else ambush.section.rival_after_s
+        if after_s is None:
+            return
+        rivals = [
+            name
+            for name, server in self._cluster.servers.items()
+            if server.process.alive
+            and server.process is not sleeper
+            and self._role_of(server.process, key) is not Role.LEADER
+        ]
+        if rivals:
+            delay_s = after_s[0] + (after_s[1] - after_s[0]) * self._rng.random()
+            rival = self._force_takeover(self._rng.choice(rivals), _shard_of(key)[1])
+            self._cluster.world.spawn(_after(delay_s, rival))
+
+    def _role_of(self, process: Process, key: str) -> Role:
+        """Returns what a process is to the shard that a key belongs to."""
+        for server in self._cluster.servers.values():
+            if server.process is process:
+                hosted = server.host._hosted.get(_shard_of(key))  # type: ignore[call-overload]
+                if hosted is None:
+                    return Role.FOLLOWER
+                if hosted.primary is not None and hosted.primary.serving:
+                    return Role.LEADER
+                if hosted.promoting is not None and hosted.promoting.locked():
+                    return Role.CLAIMANT
+        return Role.FOLLOWER
+
+    async def _force_takeovers(self, shard: int) -> None:
+        """Has every server take a shard over, each as soon as the one before is about done."""
+        names = list(self._cluster.server_names)
+        self._rng.shuffle(names)
+        for name in names:
+            self._cluster.world.spawn(self._force_takeover(name, shard))
+            await asyncio.sleep(0.2 * self._rng.random())
+
+    async def _force_takeover(self, name: str, shard: int) -> None:
         """Somebody else than the controller has a server take a shard over."""
         server = self._cluster.find(name)  # type: ignore[arg-type]
-        shard = self._rng.randrange(self._shards)
         if server is None:
             return
         held = {
@@ -199,17 +275,18 @@ class Nemesis:
         number = self._cluster.world.counts["collection comes and goes"]
         name = f"other-{number}"
         schema = replace(self._schema, name=name)
-        change = SchemaChange(name=name, add_attributes={"extra": AttributeType.INT})
-        steps: list[Callable[[ControlLoop], Coroutine[Any, Any, Any]]] = [
-            lambda loop: loop.create_collection(schema, RequestName(name, 1)),
-            lambda loop: loop.alter_collection(change, RequestName(name, 2)),
-            lambda loop: loop.drop_collection(name, RequestName(name, 3)),
+        change = SchemaChange(name=name, add_attributes={EXTRA: AttributeType.INT})
+        steps: list[tuple[str, Callable[[ControlLoop], Coroutine[Any, Any, Any]]]] = [
+            (CREATED, lambda loop: loop.create_collection(schema, RequestName(name, 1))),
+            (ALTERED, lambda loop: loop.alter_collection(change, RequestName(name, 2))),
+            (ABSENT, lambda loop: loop.drop_collection(name, RequestName(name, 3))),
         ]
-        for step in steps:
+        for becomes, step in steps:
             alive = [one for one in self._cluster.controllers if one.process.alive]
             if not alive:
                 return
             controller = self._rng.choice(alive)
+            self.catalog.sent(name, becomes)
             try:
                 await self._cluster.world.remote_call(
                     controller.process,
@@ -220,6 +297,8 @@ class Nemesis:
                 )
             except ShoalError as error:
                 self._cluster.world.note("nemesis", f"collection {name}: {error.kind}")
+            else:
+                self.catalog.acknowledged(name, becomes)
 
     def calm(self) -> None:
         """Ends what is still going wrong."""
@@ -231,7 +310,20 @@ class Nemesis:
         cluster.world.delays = _NO_DELAYS
         cluster.world.reply_loss = 0.0
         cluster.world.stall = cluster.world.takeover_stall = 0.0
+        cluster.world.ambush = None
+        cluster.world.servers_apart = False
         alive = [one for one in cluster.controllers if one.process.alive]
         for controller in alive[1:]:
             controller.process.kill()
         self._ensure_controller()
+
+
+async def _after(delay_s: float, work: Coroutine[Any, Any, None]) -> None:
+    await asyncio.sleep(delay_s)
+    await work
+
+
+def _shard_of(key: str) -> tuple[str, int]:
+    """Returns collection and shard of a key below `c/{collection}/s/{shard}/`."""
+    _, collection, _, shard, *_ = key.split("/")
+    return collection, int(shard)

@@ -74,12 +74,13 @@ class SimulatedNetwork:
 
 
 class NetworkPort:
-    """links/network.py Network, for one process."""
+    """links/network.py Network, for one process. is_server: all it opens are links for pushes."""
 
     def __init__(self, world: World, memory: MemoryNetwork, process: Process) -> None:
         self._world = world
         self._memory = memory
         self._process = process
+        self.is_server = False
 
     async def serve(self, address: LinkAddress, factory: Callable[[], asyncio.Protocol]) -> Served:
         process = self._process
@@ -90,6 +91,8 @@ class NetworkPort:
     async def open(self, address: LinkAddress, factory: Callable[[], ProtocolT]) -> ProtocolT:
         if not self._process.alive:
             raise Unavailable("the process is dead")
+        if self.is_server and self._world.servers_apart:
+            raise Unavailable(f"no way from {self._process.name} to {address}")
         end: Any = await self._memory.open(address, lambda: _End(self._process, factory()))
         inner: ProtocolT = end.inner
         return inner

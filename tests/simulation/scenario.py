@@ -11,9 +11,6 @@
 
 import asyncio
 import functools
-import random
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -24,10 +21,10 @@ from typing import Any
 import structlog
 
 from shoal_cluster.bucket.faults import NO_FAULTS
-from shoal_cluster.domain import limits
 from shoal_cluster.domain.errors import ShoalError, Unavailable
 from shoal_cluster.domain.observation import ReplicaState
 from shoal_cluster.domain.request import RequestName
+from shoal_cluster.domain.schema import CollectionSchema
 from tests.simulation import history as histories
 from tests.simulation.audit import Audit, sum_of
 from tests.simulation.bucket import CrashPlan, Site, StoreCalls, WatchedObjects
@@ -40,8 +37,10 @@ from tests.simulation.clients import (
 )
 from tests.simulation.cluster import Cluster
 from tests.simulation.history import History, Level, Position, RestingReplica
+from tests.simulation.inspector import Inspector
 from tests.simulation.loop import SimulatedLoop, Stuck, current_process, run
 from tests.simulation.nemesis import Nemesis, draw_weather
+from tests.simulation.scaling import scaled_limits, scratch_directory
 from tests.simulation.server import CLUSTER_UUID
 from tests.simulation.world import World
 
@@ -76,22 +75,18 @@ def simulate(
     work_s: float = 40.0,
 ) -> Outcome:
     """Runs one seed. crash: a crash point to kill a process at, besides the seed's misfortunes."""
-    scratch = Path(tempfile.mkdtemp(prefix="shoal-simulation-"))
-    try:
-        with _quiet_log() as logged:
-            attempt = _Run(seed, scratch, logged, crash)
-            try:
-                run(attempt.main(work_s), limit_s=RUN_S_MAX)
-            except Stuck as stuck:
-                attempt.world.violate(f"stuck: {stuck}")
-            return attempt.judged()
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_directory() as scratch, quiet_log() as logged:
+        attempt = _Run(seed, scratch, logged, crash)
+        try:
+            run(attempt.main(work_s), limit_s=RUN_S_MAX)
+        except Stuck as stuck:
+            attempt.world.violate(f"stuck: {stuck}")
+        return attempt.judged()
 
 
 class _Run:
     def __init__(
-        self, seed: int, scratch: Path, logged: "_Events", crash: CrashPlan | None
+        self, seed: int, scratch: Path, logged: "EventTap", crash: CrashPlan | None
     ) -> None:
         self._seed = seed
         self._scratch = scratch
@@ -113,9 +108,14 @@ class _Run:
         audit, history = self._audit, self._history
         calls = self._calls = StoreCalls(world, self._crash)
         shards, servers = rng.choice((1, 2)), rng.choice((2, 3))
+        replicas = 2
+        if weather.ambush is not None:
+            servers = replicas = 3  # whoever sleeps needs a rival besides the primary
+        schema = schema_of(shards, replicas)
         points = draw_points(rng)
         memory = world.rng("memory of requests")
-        with _scaled_limits(rng, memory, hurried=weather.hurried):
+        seal = None if weather.ambush is None else weather.ambush.seal
+        with scaled_limits(rng, memory, hurried=weather.hurried, seal=seal):
             cluster = Cluster(
                 world,
                 servers=servers,
@@ -125,11 +125,12 @@ class _Run:
                 audit=audit,
             )
             controller = cluster.start_controller()
-            await self._create(world, cluster, controller, shards)
+            await self._create(world, cluster, controller, schema)
             cluster.weather(weather.bucket)
             world.delays = weather.delays
             world.stall, world.takeover_stall = weather.stall, weather.takeover_stall
-            nemesis = Nemesis(cluster, weather, schema_of(shards, 2))
+            world.ambush, world.servers_apart = weather.ambush, weather.apart
+            nemesis = Nemesis(cluster, weather, schema)
             numbers = Numbers()
             clients = [
                 SimulatedClient(cluster, history, numbers, f"client-{i}", points, shards)
@@ -137,15 +138,25 @@ class _Run:
             ]
             until_s = loop.time() + work_s
             misfortune = world.spawn(nemesis.run(until_s))
-            pause_s = 0.1 if weather.hurried else rng.choice((0.05, 0.3, 1.0))
-            await asyncio.gather(*(client.work(until_s, pause_s) for client in clients))
+            if weather.ambush is not None:
+                for name in cluster.server_names:
+                    for number in range(weather.ambush.section.inspectors):
+                        world.spawn(Inspector(cluster, name, number).work(until_s))
+            pause_s = rng.choice((0.05, 0.3, 1.0))
+            if weather.hurried:
+                pause_s = 0.1 if weather.ambush is None else rng.choice((0.3, 1.0))
+            await asyncio.gather(
+                *(client.work(until_s, pause_s, weather.silence_s) for client in clients)
+            )
             misfortune.cancel()
             nemesis.calm()
             await self._rest(world, cluster, audit, history, clients)
+            await nemesis.catalog.judge(world, audit.objects)
             await self._start_over(world, cluster, audit, history, clients)
 
-    async def _create(self, world: World, cluster: Cluster, controller: Any, shards: int) -> None:
-        schema = schema_of(shards, 2)
+    async def _create(
+        self, world: World, cluster: Cluster, controller: Any, schema: CollectionSchema
+    ) -> None:
         rng = world.rng("setup")
         for _ in range(50):
             if not controller.process.alive:
@@ -287,43 +298,6 @@ class _Run:
         )
 
 
-@contextmanager
-def _scaled_limits(rng: random.Random, memory: random.Random, *, hurried: bool) -> Iterator[None]:
-    """Makes everything that is bounded small, for the run; as small as can be when `hurried`.
-
-    memory: draws how much a shard remembers of answered requests.
-    """
-    from shoal_cluster.control import catalog
-    from shoal_cluster.shard import deletions, garbage, sealing
-
-    clients = memory.choice((1, 2, 3, 1024))
-    seal = 6 if hurried else rng.choice((6, 15, 40))
-    scaled: list[tuple[Any, str, float]] = [
-        (limits, "SEAL_OPERATIONS", seal),
-        (limits, "MEMTABLE_OPERATIONS_MAX", seal * rng.choice((2, 8))),
-        (limits, "COMPACTION_FAN_IN", rng.choice((2, 3))),
-        (limits, "WAL_RECORD_OPS_MAX", rng.choice((4, 50))),
-        (limits, "WAL_REPLAY_WINDOW", rng.choice((1, 3, 16))),
-        (sealing, "SEAL_SLOTS", rng.choice((10, 100))),
-        (garbage, "GRACE_S", 0.0 if hurried else rng.choice((0.0, 2.0))),
-        (garbage, "ROUND_S", 0.3 if hurried else rng.choice((0.5, 5.0))),
-        (deletions, "ENTRIES_KEPT", 3),
-        (garbage, "MANIFESTS_KEPT", 1 if hurried else rng.choice((1, 3))),
-        (catalog, "VERSIONS_KEPT", rng.choice((2, 20))),
-        (limits, "DEDUP_CLIENTS_MAX", clients),
-        (limits, "DEDUP_REQUESTS_PER_CLIENT_MAX", memory.choice((2, 8, 512))),
-        (limits, "DEDUP_REQUESTS_MAX", clients * memory.choice((1, 2, 16))),
-    ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in scaled]
-    try:
-        for module, name, value in scaled:
-            setattr(module, name, value)
-        yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
-
-
 ALARMS = {"primary_failed", "sealing_failed", "replica_failed", "handler_failed"}
 """Events of the cluster that tell of a broken promise, unless the epoch had simply ended."""
 
@@ -337,7 +311,7 @@ _HARMLESS = (
 )
 
 
-class _Events:
+class EventTap:
     """Takes the cluster's own log events into the run's log."""
 
     def __init__(self) -> None:
@@ -345,26 +319,26 @@ class _Events:
         self.alarms: list[str] = []
 
     def __call__(self, _logger: Any, method: str, event: MutableMapping[str, Any]) -> Any:
-        world = self.world
-        if world is not None:
-            process = current_process()
-            name = "-" if process is None else process.name
-            fields = " ".join(f"{key}={value}" for key, value in event.items() if key != "event")
-            text = f"[{method}] {event['event']} {fields}".replace(str(world.scratch), "SCRATCH")
-            world.note(name, text)
-            reason = str(event.get("reason", ""))
-            if method in ("error", "critical", "exception") and not any(
-                harmless in reason for harmless in _HARMLESS
-            ):
-                self.alarms.append(f"{name}: {text}")
+        process = current_process()
+        name = "-" if process is None else process.name
+        fields = " ".join(f"{key}={value}" for key, value in event.items() if key != "event")
+        text = f"[{method}] {event['event']} {fields}"
+        if self.world is not None:
+            text = text.replace(str(self.world.scratch), "SCRATCH")
+            self.world.note(name, text)
+        reason = str(event.get("reason", ""))
+        if method in ("error", "critical", "exception") and not any(
+            harmless in reason for harmless in _HARMLESS
+        ):
+            self.alarms.append(f"{name}: {text}")
         raise structlog.DropEvent
 
 
 @contextmanager
-def _quiet_log() -> Iterator[_Events]:
+def quiet_log() -> Iterator[EventTap]:
     """Sends the cluster's log events to the run's log, nowhere else."""
     before = structlog.get_config()
-    events = _Events()
+    events = EventTap()
     structlog.configure(
         processors=[events],
         logger_factory=structlog.ReturnLoggerFactory(),

@@ -96,6 +96,7 @@ class SimulatedServer:
         self.server = server
         self.incarnation = machine.name
         self.address = LinkAddress("")
+        machine.network.is_server = True
         self._pool = machine.pool()
         self._feeds: dict[ShardName, FollowerFeed] = {}
         scratch = world.scratch / server

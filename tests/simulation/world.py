@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from shoal_cluster.domain.errors import ShoalError, Unavailable
+from tests.simulation.ambush import Ambush
 from tests.simulation.loop import Process, SimulatedLoop
 
 T = TypeVar("T")
@@ -94,7 +95,8 @@ class World:
     """One run's surroundings. violations: what must never happen and did, in order.
 
     stall, takeover_stall: the chance that a process is stopped at a store call, and at one of a
-    takeover, where a sleeper does the most harm.
+    takeover, where a sleeper does the most harm. ambush: the one section of the code where they
+    fall asleep more often. servers_apart: servers cannot connect to each other, nor push.
     """
 
     seed: int
@@ -108,6 +110,8 @@ class World:
     reply_loss: float = 0.0
     stall: float = 0.0
     takeover_stall: float = 0.0
+    ambush: Ambush | None = None
+    servers_apart: bool = False
     _context: Any = field(default_factory=copy_context)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
 
