@@ -1,9 +1,11 @@
 """Simulates the cluster: `python -m tests.simulation.run --seconds 600 --jobs 2`.
 
-    --seconds S      seeds, a crash at every crash point, and every mutant, within about S seconds
+    --seconds S      seeds, power cuts, a crash at every crash point, and every mutant, within about
+                     S seconds
     --seeds A..B     only the seeds A to B - 1
     --replay SEED    one seed, twice: prints its event log and whether both runs were equal
     --mutant NAME    with --replay or --seeds: with that breakage applied
+    --power-cuts     with --replay or --seeds: power cuts of a local directory (power_cuts.py)
 
 Prints a table and writes the same figures to build/simulate.json. Ends with status 1 when a
 violation was found, a crash point missed, or a mutant survived.
@@ -24,12 +26,15 @@ from pathlib import Path
 
 from tests.simulation.crash_points import Sweep
 from tests.simulation.mutants import MUTANTS, Verdict, hunt
+from tests.simulation.mutants.registry import Trial
+from tests.simulation.power_cuts import cut_power
 from tests.simulation.scenario import Outcome, simulate
 
 REPORT = Path("build/simulate.json")
 SEEDS_SHARE, SWEEP_SHARE = 0.3, 0.4
 """Of the time, at most; mutants get the rest, and what is left over goes to more seeds."""
 
+POWER_CUT_SEEDS = 40
 LEARNING_SEEDS = 4
 MUTANT_SEEDS_MAX = 150
 FAILURES_SHOWN = 20
@@ -77,6 +82,14 @@ def run_seeds(first: int, stride: int, seconds: float, end: int | None = None) -
     return tally
 
 
+def run_power_cuts(seeds: range) -> Tally:
+    warnings.simplefilter("ignore")
+    tally = Tally()
+    for seed in seeds:
+        tally.add(cut_power(seed), f"power cuts, seed {seed}")
+    return tally
+
+
 def sweep(job: int, jobs: int, seconds: float) -> Tally:
     """Crashes at every `jobs`-th crash point."""
     warnings.simplefilter("ignore")
@@ -115,6 +128,10 @@ def simulate_all(seconds: float, jobs: int) -> int:
         ]:
             total.merge(part.result())
         print(f"{total.seeds} seeds after {time.monotonic() - began_s:.0f} s", flush=True)
+        for part in [
+            pool.submit(run_power_cuts, range(job, POWER_CUT_SEEDS, jobs)) for job in range(jobs)
+        ]:
+            total.merge(part.result())
         for part in [pool.submit(sweep, job, jobs, seconds * SWEEP_SHARE) for job in range(jobs)]:
             total.merge(part.result())
         hit = len(total.points_hit)
@@ -134,7 +151,7 @@ def simulate_all(seconds: float, jobs: int) -> int:
 
 def line_of(verdict: Verdict) -> str:
     told = f"after {verdict.seeds} seeds: {verdict.violation}" if verdict.violation else "SURVIVED"
-    return f"  {verdict.mutant.name:36} {told[:140]}"
+    return f"  {verdict.name:36} {told[:140]}"
 
 
 def report(total: Tally, verdicts: Sequence[Verdict], seconds: float) -> int:
@@ -153,8 +170,8 @@ def report(total: Tally, verdicts: Sequence[Verdict], seconds: float) -> int:
         "crash_points_missed": missed,
         "mutants_killed": len(killed),
         "mutants_total": len(verdicts),
-        "mutants": {verdict.mutant.name: verdict.seeds for verdict in killed},
-        "mutants_survived": [v.mutant.name for v in verdicts if not v.violation],
+        "mutants": {verdict.name: verdict.seeds for verdict in killed},
+        "mutants_survived": [v.name for v in verdicts if not v.violation],
         "seconds": round(seconds, 1),
     }
     for name in ("seeds", "simulated_hours", "operations"):
@@ -174,13 +191,13 @@ def report(total: Tally, verdicts: Sequence[Verdict], seconds: float) -> int:
     return 1 if total.failures or missed or len(killed) < len(verdicts) else 0
 
 
-def replay(seed: int, mutant: str | None) -> int:
+def replay(seed: int, mutant: str | None, trial: Trial) -> int:
     """Runs a seed twice and prints what happened."""
     warnings.simplefilter("ignore")
     outcomes = []
     for _ in range(2):
         with MUTANTS[mutant].applied() if mutant else nullcontext():
-            outcomes.append(simulate(seed))
+            outcomes.append(trial(seed))
     first, second = outcomes
     print("\n".join(first.lines))
     equal = first.digest == second.digest
@@ -201,9 +218,13 @@ def main() -> int:
     parser.add_argument("--seeds", metavar="A..B")
     parser.add_argument("--replay", type=int, metavar="SEED")
     parser.add_argument("--mutant", choices=sorted(MUTANTS))
+    parser.add_argument("--power-cuts", action="store_true")
     options = parser.parse_args()
+    trial: Trial = cut_power if options.power_cuts else simulate
+    if options.mutant:
+        trial = MUTANTS[options.mutant].trial
     if options.replay is not None:
-        return replay(options.replay, options.mutant)
+        return replay(options.replay, options.mutant, trial)
     if options.seeds is None:
         return simulate_all(options.seconds, options.jobs)
     first, end = (int(number) for number in options.seeds.split(".."))
@@ -212,7 +233,11 @@ def main() -> int:
         print(line_of(verdict))
         return 0 if verdict.violation else 1
     began_s = time.monotonic()
-    return report(run_seeds(first, 1, float("inf"), end), [], time.monotonic() - began_s)
+    if options.power_cuts:
+        tally = run_power_cuts(range(first, end))
+    else:
+        tally = run_seeds(first, 1, float("inf"), end)
+    return report(tally, [], time.monotonic() - began_s)
 
 
 if __name__ == "__main__":

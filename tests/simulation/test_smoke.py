@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.simulation.mutants import MUTANTS, hunt
+from tests.simulation.power_cuts import cut_power
 from tests.simulation.scenario import simulate
 
 WORK_S = 15.0
@@ -56,7 +57,15 @@ PATHS = ("client", "protos", "cluster")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ack_before_put", "session_token_ignored"])
+def test_power_cuts_take_nothing_back() -> None:
+    outcome = cut_power(1)
+    assert not outcome.violations, outcome.violations
+    assert outcome.operations > 0
+    assert outcome.digest == cut_power(1).digest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ack_before_put", "session_token_ignored", "file_sync_skipped"])
 def test_mutant_is_caught(name: str) -> None:
     verdict = hunt(MUTANTS[name], range(10))
     assert verdict.violation, f"{name} survived {verdict.seeds} seeds"
