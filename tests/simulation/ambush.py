@@ -16,9 +16,6 @@ from tests.simulation.loop import Process
 Site = tuple[str, str, int]
 """File below shoal_cluster, function, line."""
 
-SLEEP_S_MIN, SLEEP_S_MAX = 1.0, 4.0
-"""A takeover, a seal and a round of garbage collection of a hurried run take about a second."""
-
 
 class Role(enum.Enum):
     """What a process is to a shard. CLAIMANT: it is taking it over."""
@@ -37,9 +34,11 @@ class Section:
     told to take the sleeper's shard over, from and to; None: never. only: who falls asleep. apart:
     the chance that servers cannot connect to each other. frozen, before: the shares of sleepers
     whose whole process stops (of others only the call is slow), and who sleep before the call takes
-    effect, are drawn from them. inspectors: per server; each strong read of theirs also makes a
-    follower catch up. seal: after how many operations; silence_s: for how long all clients pause at
-    once, in turns with bursts. Sealed after every one, a silent shard has nothing above its floor.
+    effect, are drawn from them. inspectors, inspect_s: per server, and the longest pause of each;
+    every strong read of theirs also makes a replica catch up. seal: after how many operations;
+    silence_s: for how long all clients pause at once, in turns with bursts. Sealed after every one,
+    a silent shard has nothing above its floor. sleep_s: from and to; a takeover, a seal and a round
+    of garbage collection take about a second. weight: how often it is drawn.
     """
 
     name: str
@@ -53,8 +52,11 @@ class Section:
     frozen: Sequence[float] = (0.0, 0.5, 1.0)
     before: Sequence[float] = (0.3, 1.0)
     inspectors: int = 2
+    inspect_s: float = 0.6
     seal: Sequence[int] = (1, 6, 6)
     silence_s: Sequence[float] = (0.0, 1.5)
+    sleep_s: tuple[float, float] = (1.0, 4.0)
+    weight: int = 1
 
 
 _PUT = ("bucket/create.py", "_put_until_resolved")
@@ -80,6 +82,8 @@ SECTIONS: Sequence[Section] = (
         inspectors=0,
         seal=(1,),
         silence_s=(1.5,),
+        sleep_s=(2.5, 5.0),
+        weight=3,
     ),
     Section(
         name="fencing",
@@ -91,15 +95,19 @@ SECTIONS: Sequence[Section] = (
     Section(
         name="appending",
         functions=frozenset({("shard/primary.py", "_append"), _PUT}),
-        chance=0.05,
-        rival_after_s=(0.0, 1.0),
+        chance=0.1,
+        rival_after_s=(0.0, 0.1),
         frozen=(0.0, 0.0, 0.5),
+        before=(0.0, 0.3),
+        inspectors=1,
+        inspect_s=4.0,
+        weight=2,
     ),
     Section(
         name="probing",
         functions=frozenset({("shard/replica.py", "_run_probe")}),
         chance=0.1,
-        rival_after_s=(0.0, 2.0),
+        misfortunes=("replica closed", "replica closed", "forced takeover"),
     ),
     Section(
         name="following",
@@ -138,7 +146,7 @@ class Ambush:
     """
 
     def __init__(self, rng: random.Random) -> None:
-        self.section = rng.choice(SECTIONS)
+        self.section = rng.choices(SECTIONS, [section.weight for section in SECTIONS])[0]
         self.apart = rng.random() < self.section.apart
         self.sleeper: Process | None = None
         self.on_sleep: Callable[[Process, str], None] = lambda process, key: None
@@ -165,6 +173,7 @@ class Ambush:
         """Returns for how long, whether before the call takes effect, and whether all of the
         process sleeps or only this call.
         """
-        sleep_s = SLEEP_S_MIN + (SLEEP_S_MAX - SLEEP_S_MIN) * self._rng.random()
+        shortest_s, longest_s = self.section.sleep_s
+        sleep_s = shortest_s + (longest_s - shortest_s) * self._rng.random()
         before = self._rng.random() < self._before_share
         return sleep_s, before, self._rng.random() < self._frozen_share

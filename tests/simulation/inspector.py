@@ -14,7 +14,6 @@ from shoal_cluster.shard.calls import ReadLevel, ScrollCall
 from tests.simulation.clients import ALL, COLLECTION
 from tests.simulation.cluster import Cluster, SimulatedCoordinator
 
-PAUSE_S_MAX = 0.6
 PATIENCE_S = 15.0
 """Longer than any stall: the answer of a replica that slept meanwhile is the one to see."""
 
@@ -22,23 +21,25 @@ PATIENCE_S = 15.0
 class Inspector:
     """Reads one server's replicas, one after the other, whatever becomes of the server."""
 
-    def __init__(self, cluster: Cluster, server: str, number: int) -> None:
+    def __init__(self, cluster: Cluster, server: str, number: int, pause_s: float) -> None:
         self._cluster = cluster
         self._server = server
+        self._pause_s = pause_s
         self._rng = cluster.world.rng(f"inspector {number} of {server}")
 
     async def work(self, until_s: float) -> None:
         world = self._cluster.world
         while world.loop.time() < until_s:
-            await asyncio.sleep(self._rng.random() * PAUSE_S_MAX)
+            await asyncio.sleep(self._rng.random() * self._pause_s)
             through = self._rng.choice(self._cluster.coordinators)
             read = functools.partial(self._read, through)
             try:
                 await world.remote_call(
                     through.process, read, rng=self._rng, timeout_s=PATIENCE_S, lost=Unavailable
                 )
-            except ShoalError:
-                continue
+            except ShoalError as error:
+                if error.outcome is not Outcome.NOT_APPLIED:
+                    world.violate(f"a read of {self._server} is unknown: {error.message}")
 
     async def _read(self, through: SimulatedCoordinator) -> None:
         place = through.board.current().collections.get(COLLECTION)

@@ -1,6 +1,7 @@
 """What goes wrong in a run, and when; all of it drawn from the seed."""
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from tests.simulation.ambush import Ambush, Role
 from tests.simulation.catalog_ledger import ABSENT, ALTERED, CREATED, EXTRA, CatalogLedger
 from tests.simulation.cluster import Cluster
 from tests.simulation.loop import Process
-from tests.simulation.server import draw_between
+from tests.simulation.server import SimulatedServer, draw_between
 from tests.simulation.world import Delays
 
 _NO_DELAYS = Delays(usual_s=0.001, rare_s=0.0, rare=0.0)
@@ -62,6 +63,7 @@ MISFORTUNES = (
     "crash coordinator",
     "clock jump",
     "collection comes and goes",
+    "replica closed",
 )
 
 
@@ -149,7 +151,8 @@ class Nemesis:
             await asyncio.sleep(self._rng.expovariate(1 / self._weather.mean_calm_s))
             if world.loop.time() >= until_s:
                 return
-            if world.ambush is not None and world.ambush.sleeper is not None:
+            ambush = world.ambush
+            if ambush is not None and ambush.sleeper and ambush.section.rival_after_s is not None:
                 continue  # the others are to get on while it sleeps
             kind = self._rng.choice(self._weather.misfortunes)
             world.counts[kind] += 1
@@ -177,6 +180,8 @@ class Nemesis:
                 cluster.network.sever(server.address)
             case "forced takeover" if server is not None:
                 world.spawn(self._force_takeover(name, self._rng.randrange(self._shards)))
+            case "replica closed" if server is not None:
+                world.spawn(self._close_replica(server))
             case "takeovers in a row":
                 world.spawn(self._force_takeovers(self._rng.randrange(self._shards)))
             case "second controller":
@@ -240,12 +245,33 @@ class Nemesis:
         return Role.FOLLOWER
 
     async def _force_takeovers(self, shard: int) -> None:
-        """Has every server take a shard over, each as soon as the one before is about done."""
-        names = list(self._cluster.server_names)
-        self._rng.shuffle(names)
-        for name in names:
+        """Has every server take a shard over, each when the one before is about done.
+
+        Who leads comes last: before it knows that it was deposed, telling it changes nothing.
+        """
+        servers = sorted(self._cluster.servers.items(), key=lambda _: self._rng.random())
+        servers.sort(key=lambda entry: self._leads(entry[1], shard))
+        for name, _ in servers:
             self._cluster.world.spawn(self._force_takeover(name, shard))
-            await asyncio.sleep(0.2 * self._rng.random())
+            await asyncio.sleep(0.1 + 0.15 * self._rng.random())
+
+    async def _close_replica(self, server: SimulatedServer) -> None:
+        """Closes a replica, as a controller does that has not heard yet of its collection."""
+        held = [(report.collection, report.shard) for report in server.host.reports()]
+        if held:
+            place = self._rng.choice(held)
+            self._cluster.world.note(server.process.name, f"is told to close shard {place[1]}")
+            with contextlib.suppress(ShoalError):
+                await self._cluster.world.remote_call(
+                    server.process,
+                    lambda: server.close_replica(place),
+                    rng=self._rng,
+                    timeout_s=20.0,
+                    lost=Unavailable,
+                )
+
+    def _leads(self, server: SimulatedServer, shard: int) -> bool:
+        return any(report.leads and report.shard == shard for report in server.host.reports())
 
     async def _force_takeover(self, name: str, shard: int) -> None:
         """Somebody else than the controller has a server take a shard over."""

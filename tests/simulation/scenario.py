@@ -139,9 +139,12 @@ class _Run:
             until_s = loop.time() + work_s
             misfortune = world.spawn(nemesis.run(until_s))
             if weather.ambush is not None:
+                section = weather.ambush.section
                 for name in cluster.server_names:
-                    for number in range(weather.ambush.section.inspectors):
-                        world.spawn(Inspector(cluster, name, number).work(until_s))
+                    for number in range(section.inspectors):
+                        world.spawn(
+                            Inspector(cluster, name, number, section.inspect_s).work(until_s)
+                        )
             pause_s = rng.choice((0.05, 0.3, 1.0))
             if weather.hurried:
                 pause_s = 0.1 if weather.ambush is None else rng.choice((0.3, 1.0))

@@ -3,9 +3,10 @@
 import asyncio
 from typing import Any
 
-from shoal_cluster.domain.errors import Unavailable
+from shoal_cluster.domain.errors import Conflict, Indeterminate, ShoalError, Unavailable
 from shoal_cluster.domain.ids import ManifestVersion, Slot
 from shoal_cluster.domain.session import Consistency
+from shoal_cluster.links import connection
 from shoal_cluster.query.plan import Freshness
 from shoal_cluster.shard.calls import ReadLevel
 from shoal_cluster.shard.primary import Primary
@@ -152,9 +153,11 @@ def own_append_taken_for_tail() -> list[Patch]:
     return [(Primary, "appending", property(lambda self: None))]
 
 
-@mutant("a read that waits in a replica that is closed ends as if it had been a write")
-def closed_read_is_unknown() -> list[Patch]:
+@mutant("a read whose replica is closed meanwhile, or whose deadline passes, ends as a write would")
+def read_ends_as_unknown() -> list[Patch]:
+    # Two guards, either of which covers for the other where a replica is closed.
     probe = Replica.probe
+    received_error = connection.received_error
 
     async def broken(self: Replica) -> None:
         try:
@@ -164,7 +167,13 @@ def closed_read_is_unknown() -> list[Patch]:
                 raise asyncio.CancelledError from error
             raise
 
-    return [(Replica, "probe", broken)]
+    def unclear(header: Any) -> ShoalError:
+        error = received_error(header)
+        if not isinstance(error, Indeterminate):
+            return error
+        return Conflict(error.message, outcome=error.outcome)
+
+    return [(Replica, "probe", broken), (connection, "received_error", unclear)]
 
 
 @mutant("a follower applies a fence without looking for a newer manifest")
