@@ -38,7 +38,8 @@ class Section:
     every strong read of theirs also makes a replica catch up. seal: after how many operations;
     silence_s: for how long all clients pause at once, in turns with bursts. Sealed after every one,
     a silent shard has nothing above its floor. sleep_s: from and to; a takeover, a seal and a round
-    of garbage collection take about a second. weight: how often it is drawn.
+    of garbage collection take about a second. calm_s: between two misfortunes, on average. weight:
+    how often it is drawn.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Section:
     seal: Sequence[int] = (1, 6, 6)
     silence_s: Sequence[float] = (0.0, 1.5)
     sleep_s: tuple[float, float] = (1.0, 4.0)
+    calm_s: Sequence[float] = (0.5, 1.5)
     weight: int = 1
 
 
@@ -134,6 +136,7 @@ SECTIONS: Sequence[Section] = (
         functions=frozenset({("control/catalog.py", "update"), _PUT}),
         chance=0.5,
         misfortunes=("second controller", "collection comes and goes"),
+        calm_s=(3.0, 6.0),
     ),
 )
 

@@ -23,8 +23,11 @@ class CatalogLedger:
     def acknowledged(self, name: str, state: str) -> None:
         self._possible[name] = {state}
 
-    async def judge(self, world: World, objects: WatchedObjects) -> None:
-        """Notes every collection that is not as it should be. Call at rest."""
+    async def judge(self, world: World, objects: WatchedObjects) -> set[str]:
+        """Notes every collection that is not as it should be; returns the ids of those there are.
+
+        Call at rest.
+        """
         clock = SimulatedClock(world.loop, offset_s=0.0, rate=1.0)
         log = CatalogLog(MemoryStore(objects), clock, SeededIds(world.rng("ledger")))
         catalog = await log.read()
@@ -35,6 +38,7 @@ class CatalogLedger:
                     f"acknowledged change of the catalog lost: collection {name} is {found}, "
                     f"should be {' or '.join(sorted(possible))}"
                 )
+        return set(catalog.collections)
 
 
 def _state_of(catalog: Catalog, name: str) -> str:

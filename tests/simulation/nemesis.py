@@ -114,7 +114,7 @@ def _draw_ambush(rng: random.Random) -> Weather:
         reply_loss=0.0,
         stall=0.0,
         takeover_stall=0.0,
-        mean_calm_s=rng.choice((0.5, 1.5)),
+        mean_calm_s=rng.choice(ambush.section.calm_s),
         misfortunes=ambush.section.misfortunes,
         hurried=True,
         ambush=ambush,

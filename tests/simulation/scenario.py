@@ -154,7 +154,9 @@ class _Run:
             misfortune.cancel()
             nemesis.calm()
             await self._rest(world, cluster, audit, history, clients)
-            await nemesis.catalog.judge(world, audit.objects)
+            there = await nemesis.catalog.judge(world, audit.objects)
+            main = cluster.coordinators[0].board.current().collections[COLLECTION].schema.id
+            audit.dropped = {place[0] for place in audit.durable_slots()} - there - {main}
             await self._start_over(world, cluster, audit, history, clients)
 
     async def _create(
@@ -281,7 +283,11 @@ class _Run:
         violations += [bug for process in world.loop.processes for bug in process.bugs]
         violations += audit.judge(CLUSTER_UUID)
         violations += [str(violation) for violation in histories.check(history)]
-        violations += self._logged.alarms
+        violations += [
+            alarm
+            for alarm in self._logged.alarms
+            if not any(gone in alarm for gone in audit.dropped)
+        ]
         for violation in violations:
             world.note("judge", violation)
         for faults in world.bucket_faults:

@@ -5,7 +5,6 @@ from typing import Any
 
 from shoal_cluster.domain.errors import Conflict
 from shoal_cluster.domain.ids import Epoch, ManifestVersion, Slot
-from shoal_cluster.domain.keys import padded
 from shoal_cluster.manifest.version_log import VersionLog
 from shoal_cluster.shard import takeover
 from shoal_cluster.shard.primary import Primary
@@ -77,16 +76,3 @@ def no_manifest_boundary_check() -> list[Patch]:
         return ManifestVersion(-1)
 
     return [(VersionLog, "floor", broken)]
-
-
-@mutant("old manifests are deleted first and the marker that says so comes after")
-def marker_after_deletion() -> list[Patch]:
-    collect = VersionLog.collect
-
-    async def broken(self: VersionLog, keep_from: int, put_id: bytes) -> list[str]:
-        below = [number for number in await self.numbers() if number < keep_from]
-        for number in below[:-1]:
-            await self._store.delete(f"{self._versions}{padded(number)}")
-        return await collect(self, keep_from, put_id)
-
-    return [(VersionLog, "collect", broken)]
