@@ -216,7 +216,9 @@ class _Server:
             tails=[encode_tail(1.0, {"value": value}, b"", NO_PROVENANCE)],
             body=np.array([[value, 0]], dtype=np.float32).tobytes(),
         )
-        await self.do(lambda: self.host.write(call))
+        (fate,) = await self.do(lambda: self.host.write((call,)))
+        if isinstance(fate, ShoalError):
+            raise fate
 
     async def read(self) -> dict[str, int]:
         call = ScrollCall(
@@ -271,7 +273,11 @@ def cut_power(seed: int) -> Outcome:
     rng = random.Random(f"{seed}/power cuts")
     ledger = Ledger()
     lines: list[str] = []
-    with scratch_directory() as scratch, scaled_limits(rng, hurried=True), quiet_log() as logged:
+    with (
+        scratch_directory() as scratch,
+        scaled_limits(rng, rng, hurried=True),
+        quiet_log() as logged,
+    ):
         machine = Machine(scratch / "bucket", rng)
         for cut in range(CUTS):
             life = _Life(machine, scratch, ledger, logged, rng, cut)
