@@ -8,6 +8,7 @@ import asyncio
 import functools
 import json
 import random
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -68,6 +69,13 @@ _LEVELS = {
 }
 
 
+PAST_WRITES = 8
+RESOLVING = 0.1
+"""A step in ten is followed by one of the last eight writes, sent again."""
+
+_Send = Callable[[SimulatedCoordinator, bool], Coroutine[Any, Any, WriteResult]]
+
+
 def schema_of(shards: int, replicas: int) -> CollectionSchema:
     return CollectionSchema(
         id="",  # type: ignore[arg-type]  # chosen by the controller
@@ -119,6 +127,7 @@ class SimulatedClient:
         self._token: Mapping[ShardNumber, ShardPosition] = {}
         self._requests = 0
         self._attempts_max = self._rng.choice((1, 4))
+        self._past: deque[tuple[str, _Send]] = deque(maxlen=PAST_WRITES)
 
     async def work(self, until_s: float, pause_s: float, silence_s: float = 0.0) -> None:
         """Does one random thing after the other; all clients are silent at the same times."""
@@ -128,6 +137,8 @@ class SimulatedClient:
                 await asyncio.sleep(BURST_S + silence_s - into_s)
                 continue
             await self.step()
+            if self._past and self._rng.random() < RESOLVING:
+                await self.resolve(*self._rng.choice(self._past))
             await asyncio.sleep(self._rng.random() * pause_s)
 
     async def step(self) -> None:
@@ -245,7 +256,7 @@ class SimulatedClient:
         kind: WriteType,
         name: RequestName,
         changes: Sequence[Change],
-        send: Callable[[SimulatedCoordinator, bool], Coroutine[Any, Any, WriteResult]],
+        send: "_Send",
         group: str | None = None,
     ) -> bool:
         """Sends until there is an answer, as the SDK does; True when it was acknowledged."""
@@ -296,7 +307,21 @@ class SimulatedClient:
             )
         )
         self._note(f"{kind.value} #{name.request_no} {ending.value} {sorted(positions.items())}")
+        if ending is not Ending.FAIL:
+            self._past.append((f"{kind.value} #{name.request_no}", send))
         return ending is Ending.OK
+
+    async def resolve(self, what: str, send: "_Send") -> None:
+        """Sends a write of some time ago again, as an application does that wants to know."""
+        try:
+            result = await self._call(functools.partial(send, again=True), Indeterminate)
+        except ShoalError as error:
+            self._complain(error, what)
+            self._note(f"{what} again: {error.kind}")
+            self._world.counts["requests forgotten"] += error.field is not None
+            return
+        self._token = merge_tokens(self._token, result.token)
+        self._note(f"{what} again: {sorted(_positions(result.token).items())}")
 
     # -- reads
 
