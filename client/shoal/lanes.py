@@ -10,6 +10,7 @@ itself while it lasts, so the thread that asked is the one that is woken, and no
 
 import os
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,14 @@ RETRY_S_MAX: Final = 30.0
 
 LANES_MAX: Final = 32
 """Connections of one blocking client: more threads than that go by gRPC."""
+
+IDLE_UNCHECKED_S: Final = 0.05
+"""A lane that was used so lately is used again without a look whether its peer has closed it, which
+takes two system calls and an exception. If it has, the call is one that got no answer."""
+
+TIMEOUT_SLACK_S: Final = 0.02
+"""By so much a call may wait longer than asked, so that calls with the same timeout need not tell
+the kernel each time."""
 
 REQUEST_BYTES_MAX: Final = FRAME_BYTES_MAX - 1024
 RECEIVE_BYTES: Final = 64 * 1024
@@ -161,8 +170,9 @@ class BlockingLanes:
         """
         if len(request) > REQUEST_BYTES_MAX:
             return None
-        deadline_s = time.monotonic() + timeout_s
-        lane = self._take(timeout_s)
+        now_s = time.monotonic()
+        deadline_s = now_s + timeout_s
+        lane = self._take(timeout_s, now_s)
         if lane is None:
             return None
         sound = False
@@ -188,17 +198,17 @@ class BlockingLanes:
         for lane in lanes:
             lane.close()
 
-    def _take(self, timeout_s: float) -> "BlockingLane | None":
+    def _take(self, timeout_s: float, now_s: float) -> "BlockingLane | None":
         with self._lock:
             if self._closed:
                 return None
             while self._idle:
                 lane = self._idle.pop()
-                if lane.is_open():
+                if now_s - lane.used_s <= IDLE_UNCHECKED_S or lane.is_open():
                     return lane
                 lane.close()
                 self._open -= 1
-            if self._open >= LANES_MAX or not self._pause.over(time.monotonic()):
+            if self._open >= LANES_MAX or not self._pause.over(now_s):
                 return None
             self._open += 1
         try:
@@ -254,16 +264,26 @@ def _connected(offer: Offer, deadline_s: float) -> socket.socket:
     return tcp
 
 
+_WAIT_S_MIN: Final = 0.001
+
+
 def _left_s(deadline_s: float) -> float:
     """Returns the seconds left, never 0: that would mean not to block at all."""
-    return max(deadline_s - time.monotonic(), 0.001)
+    return max(deadline_s - time.monotonic(), _WAIT_S_MIN)
 
 
 class BlockingLane:
-    """One authenticated connection; one call at a time."""
+    """One authenticated connection; one call at a time. used_s: monotonic, when it last answered.
+
+    The socket blocks, and the kernel holds its timeout: with Python's own timeouts each read and
+    write is preceded by a poll.
+    """
 
     def __init__(self, connected: socket.socket, offer: Offer, deadline_s: float) -> None:
+        self.used_s = time.monotonic()
         self._socket = connected
+        self._socket.settimeout(None)
+        self._waits_s = 0.0
         self._decoder = FrameDecoder(frame_bytes_max=HANDSHAKE_BYTES_MAX)
         self._last_id = 0
         try:
@@ -286,6 +306,7 @@ class BlockingLane:
         header = (path, int(timeout_s * 1000) + 1, None)
         buffers = encode_frame(FrameType.REQUEST, request_id, header, request)
         try:
+            self._wait_at_most(timeout_s)
             self._send(buffers, deadline_s)
         except OSError as error:  # not all of it was written, so it cannot have been read
             raise LaneUnusable(str(error)) from error
@@ -298,8 +319,7 @@ class BlockingLane:
     def is_open(self) -> bool:
         """Says whether the peer has neither closed the connection nor said anything unasked."""
         try:
-            self._socket.setblocking(False)
-            self._socket.recv(1, socket.MSG_PEEK)
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
         except BlockingIOError:
             return True
         except OSError:
@@ -311,7 +331,9 @@ class BlockingLane:
 
     def _authenticate(self, offer: Offer, deadline_s: float) -> None:
         handshake = CallerHandshake(offer.secret, name=offer.ticket, nonce=os.urandom(NONCE_BYTES))
-        self._send(encode_frame(FrameType.HELLO, 0, handshake.hello()), deadline_s)
+        hello = encode_frame(FrameType.HELLO, 0, handshake.hello())
+        self._wait_at_most(_left_s(deadline_s))
+        self._send(hello, deadline_s)
         while not handshake.done:
             for frame in self._receive(deadline_s):
                 answer = handshake.receive(frame)
@@ -319,16 +341,35 @@ class BlockingLane:
                     self._send(encode_frame(FrameType.HELLO, 0, answer), deadline_s)
 
     def _send(self, buffers: Sequence[Buffer], deadline_s: float) -> None:
-        self._socket.settimeout(_left_s(deadline_s))
         for buffer in buffers:
-            self._socket.sendall(buffer)
+            sent = self._socket.send(buffer)
+            while sent < len(buffer):  # a peer that reads slowly may not stretch the deadline
+                self._wait_at_most(_left_s(deadline_s))
+                sent += self._socket.send(memoryview(buffer)[sent:])
 
     def _receive(self, deadline_s: float) -> list[Frame]:
-        self._socket.settimeout(_left_s(deadline_s))
-        received = self._socket.recv(RECEIVE_BYTES)
+        now_s = time.monotonic()
+        self._wait_at_most(max(deadline_s - now_s, _WAIT_S_MIN))
+        try:
+            received = self._socket.recv(RECEIVE_BYTES)
+        except BlockingIOError as error:
+            raise TimeoutError("nothing came in time") from error
         if not received:
             raise ConnectionResetError("the coordinator closed it")
+        self.used_s = now_s
         return self._decoder.feed(received)
+
+    def _wait_at_most(self, timeout_s: float) -> None:
+        """Has each read and write of the socket end after so long, within TIMEOUT_SLACK_S."""
+        if timeout_s <= self._waits_s <= timeout_s + TIMEOUT_SLACK_S:
+            return
+        self._waits_s = timeout_s + TIMEOUT_SLACK_S / 2
+        seconds = int(self._waits_s)
+        value = _TIMEVAL.pack(seconds, int((self._waits_s - seconds) * 1e6))
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
 
 _ANSWERS: Final = (FrameType.REPLY, FrameType.ERROR)
+_TIMEVAL: Final = struct.Struct("@ll")
+"""C's struct timeval, as Linux and macOS on 64-bit machines have it."""
