@@ -45,19 +45,22 @@ class LaneContext:
 
 
 def lane_handlers(methods: Mapping[str, Serve], clock: Clock) -> dict[str, Handler]:
-    """Returns link handlers for methods by their gRPC paths."""
+    """Returns link handlers for methods by their gRPC paths; they answer with bytes."""
     return {path: _handler(serve, clock) for path, serve in methods.items()}
 
 
 def _handler(serve: Serve, clock: Clock) -> Handler:
-    async def handle(request: Request) -> Reply:
-        context = LaneContext(clock, request.deadline_monotonic_s)
-        response = await serve(request.body, context)
-        if len(response) > REPLY_BYTES_MAX:
-            return Reply(TOO_LARGE)
-        return Reply(None, response)
+    def handle(request: Request) -> Awaitable[bytes]:
+        return serve(request.body, LaneContext(clock, request.deadline_monotonic_s))
 
     return handle
+
+
+def lane_reply(response: bytes) -> Reply:
+    """Returns how a serialised response travels over a lane."""
+    if len(response) > REPLY_BYTES_MAX:
+        return Reply(TOO_LARGE)
+    return Reply(None, response)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +99,13 @@ async def start_lanes(
 
     A place that cannot be listened at is logged and left out: lanes are never needed (FL-2).
     """
-    listener = Listener(lane_handlers(methods, clock), tickets.secret_of, clock=clock, ids=ids)
+    listener = Listener(
+        lane_handlers(methods, clock),
+        tickets.secret_of,
+        clock=clock,
+        ids=ids,
+        reply_of=lane_reply,
+    )
     port, path = 0, ""
     try:
         endpoint = tcp_endpoint(await listener.listen(tcp_address(host, 0)))

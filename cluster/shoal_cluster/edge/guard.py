@@ -7,6 +7,7 @@ incident id, the caller gets Internal with the id, and the coordinator goes on.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar, cast
@@ -82,6 +83,8 @@ def decoding(
         try:
             # Protobuf reads any buffer, though it says bytes.
             return Incoming(parse(cast(bytes, raw)), len(raw))
+        except InvalidRequest as error:
+            return Refused(error)
         except DecodeError as error:
             return Refused(
                 InvalidRequest(
@@ -96,13 +99,21 @@ def decoding(
 class Guard:
     """Registers services on a server, each method behind the same checks.
 
-    serialised: the same unary methods by gRPC path, as functions of bytes, for fast lanes.
+    decoders: for methods whose servicer takes something else than the message and answers with
+    bytes. serialised: the same unary methods by gRPC path, as functions of bytes, for fast lanes.
     """
 
-    def __init__(self, server: grpc.aio.Server, admission: Admission, ids: IdGenerator) -> None:
+    def __init__(
+        self,
+        server: grpc.aio.Server,
+        admission: Admission,
+        ids: IdGenerator,
+        decoders: Mapping[str, Callable[[bytes], Any]] | None = None,
+    ) -> None:
         self._server = server
         self._admission = admission
         self._ids = ids
+        self._decoders = decoders or {}
         self.serialised: dict[str, Callable[[bytes | memoryview, Context], Awaitable[bytes]]] = {}
 
     # What the generated `add_…Servicer_to_server` calls: this class stands in for the server.
@@ -122,7 +133,8 @@ class Guard:
         self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         assert handler.request_deserializer is not None, f"{method}: generated code has one"
-        decode = decoding(handler.request_deserializer)
+        own = self._decoders.get(method)
+        decode = decoding(own or handler.request_deserializer)
         if handler.stream_stream is not None:
             return grpc.stream_stream_rpc_method_handler(
                 self._guard_stream(method, handler.stream_stream),  # type: ignore[arg-type]
@@ -137,13 +149,14 @@ class Guard:
             )
         assert handler.unary_unary is not None, f"{method}: no such kind of method yet"
         assert handler.response_serializer is not None, f"{method}: generated code has one"
+        serialise = None if own else handler.response_serializer
         self.serialised[f"/{method}"] = self._guard_serialised(
-            method, handler.unary_unary, decode, handler.response_serializer
+            method, handler.unary_unary, decode, serialise
         )
         return grpc.unary_unary_rpc_method_handler(
             self._guard_unary(method, handler.unary_unary),
             request_deserializer=decode,
-            response_serializer=handler.response_serializer,
+            response_serializer=serialise,
         )
 
     def _guard_unary(
@@ -162,11 +175,14 @@ class Guard:
     def _guard_serialised(
         self,
         method: str,
-        serve: Callable[[Any, Context], Awaitable[Message]],
+        serve: Callable[[Any, Context], Awaitable[Any]],
         decode: Callable[[bytes | memoryview], Incoming[Any] | Refused],
-        serialise: Callable[[Message], bytes],
+        serialise: Callable[[Message], bytes] | None,
     ) -> Callable[[bytes | memoryview, Context], Awaitable[bytes]]:
+        """serialise: None when the servicer answers with the future of bytes."""
+
         async def guarded(raw: bytes | memoryview, context: Context) -> bytes:
+            assert serialise is not None
             try:
                 return serialise(await self._serve(serve, decode(raw), context))
             except ShoalError:
@@ -174,7 +190,21 @@ class Guard:
             except Exception as error:  # the shell's outermost frame
                 raise self._incident(method, error) from error
 
-        return guarded
+        def begun(raw: bytes | memoryview, context: Context) -> Awaitable[bytes]:
+            incoming = decode(raw)
+            if isinstance(incoming, Refused):
+                raise incoming.error
+            size_bytes = incoming.size_bytes
+            self._admission.enter(size_bytes)
+            try:
+                future = asyncio.ensure_future(serve(incoming.request, context))
+            except BaseException:
+                self._admission.leave(size_bytes)
+                raise
+            future.add_done_callback(lambda _: self._admission.leave(size_bytes))
+            return future
+
+        return begun if serialise is None else guarded
 
     async def _serve(
         self,

@@ -1,5 +1,6 @@
 """The Points service: translates, delegates, translates back. First and last step of a write."""
 
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Sequence
 
@@ -68,9 +69,11 @@ class PointsService(PointsServicer):
     ) -> AsyncIterator[pb.UpsertStreamResponse]:
         """Works on up to STREAM_WINDOW chunks at a time and acknowledges each when it is done."""
         yield pb.UpsertStreamResponse(window=STREAM_WINDOW)
-        answer = functools.partial(self._upsert_chunk, context=context)
-        async for response in answer_in_window(request_iterator, answer, window=STREAM_WINDOW):
-            yield response
+        begin = functools.partial(self._upsert_chunk, context=context)
+        answers = answer_in_window(request_iterator, begin, window=STREAM_WINDOW)
+        async with contextlib.aclosing(answers):
+            async for _, future in answers:
+                yield future.result()
 
     async def _upsert_chunk(
         self, chunk: pb.UpsertStreamRequest, context: Context

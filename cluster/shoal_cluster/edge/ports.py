@@ -1,8 +1,9 @@
 """What the servicers delegate to. query/ and ingest/ implement the data side, actors the rest."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import Protocol
 
+from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.schema_change import SchemaChange
@@ -20,7 +21,8 @@ from shoal_cluster.query.execute import SearchResult
 from shoal_cluster.query.facets import FacetsRequest, FacetsResult
 from shoal_cluster.query.grouping import GroupsRequest, GroupsResult
 from shoal_cluster.query.ordered_scroll import OrderedRows, OrderedScrollRequest
-from shoal_cluster.query.plan import Freshness, SearchRequest
+from shoal_cluster.query.plan import Freshness
+from shoal_cluster.query.prepared import SearchTemplate
 from shoal_cluster.query.range_search import RangeHits, RangeRequest
 from shoal_cluster.query.recommendation import RecommendRequest
 from shoal_cluster.query.rows import CountResult, RowsResult
@@ -81,7 +83,14 @@ class StatusSource(Protocol):
 class Searching(Protocol):
     """query/execute.py `Searcher`."""
 
-    async def search(self, request: SearchRequest, *, timeout_s: float) -> SearchResult: ...
+    def begin(
+        self,
+        template: SearchTemplate,
+        queries: Vectors | None,
+        *,
+        timeout_s: float,
+        finish: Callable[[SearchResult], bytes],
+    ) -> Awaitable[bytes]: ...
 
 
 class Exploring(Protocol):

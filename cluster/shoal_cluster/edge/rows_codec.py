@@ -25,7 +25,7 @@ COLUMNS_MAX = 6 * ATTRIBUTES_MAX
 """A batch may hold one column of each type per attribute."""
 
 
-def decode_vectors(raw: bytes, dimension: int, *, field: str) -> Vectors:
+def decode_vectors(raw: bytes | memoryview, dimension: int, *, field: str) -> Vectors:
     """Returns the vectors of a request as (n, dimension) float32, without copying them.
 
     Raises: InvalidRequest when the bytes are not whole vectors.

@@ -1,14 +1,14 @@
 """The Search service: translates, delegates, translates back. First and last step of a search."""
 
+import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import Final
 
 from shoal_cluster.domain.clock import Clock, SystemClock
 from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.edge.admission import Admission
-from shoal_cluster.edge.explain_codec import fill_explain, fill_stages
 from shoal_cluster.edge.exploring import (
     decode_diverse,
     decode_groups,
@@ -19,15 +19,12 @@ from shoal_cluster.edge.exploring import (
     encode_range,
     encode_recommended,
 )
-from shoal_cluster.edge.filter_codec import decode_filter
 from shoal_cluster.edge.guard import TIMEOUT_DEFAULT_S, Context, timeout_s
 from shoal_cluster.edge.ports import Exploring, Searching
-from shoal_cluster.edge.rows_codec import decode_vectors, fill_rows, scores_of
-from shoal_cluster.edge.schema_codec import decode_freshness, decode_model, fill_token, whole_ms
+from shoal_cluster.edge.search_decoder import AskedSearch, SearchDecoder
+from shoal_cluster.edge.search_encoder import SearchEncoder
 from shoal_cluster.edge.status import detail_of
 from shoal_cluster.edge.stream_window import answer_in_window
-from shoal_cluster.query.execute import MICROSECONDS, SearchResult
-from shoal_cluster.query.plan import SearchRequest
 from shoal_protos.v1 import search_pb2 as pb
 from shoal_protos.v1.search_pb2_grpc import SearchServicer
 
@@ -46,47 +43,57 @@ class SearchService(SearchServicer):
         self._searching = searching
         self._admission = admission
         self._exploring = exploring
-        self._clock = clock or SystemClock()
+        clock = clock or SystemClock()
+        self.decoder = SearchDecoder(clock)
+        self._encoder = SearchEncoder(clock)
 
-    async def Search(self, request: pb.SearchRequest, context: Context) -> pb.SearchResponse:  # noqa: N802
-        return await self._search(request, timeout_s(context))
+    def Search(  # type: ignore[override]  # noqa: N802
+        self, request: AskedSearch, context: Context
+    ) -> Awaitable[bytes]:
+        """Takes what `decoder` makes of a message, and answers with a serialised one."""
+        return self._begin(request, timeout_s(context))
 
     async def SearchStream(  # noqa: N802
         self, request_iterator: AsyncIterator[pb.SearchStreamRequest], context: Context
     ) -> AsyncIterator[pb.SearchStreamResponse]:
-        answer = functools.partial(self._search_of_stream, context=context)
-        async for response in answer_in_window(request_iterator, answer, window=STREAM_WINDOW):
-            yield response
+        begin = functools.partial(self._begin_of_stream, context=context)
+        answers = answer_in_window(request_iterator, begin, window=STREAM_WINDOW)
+        async with contextlib.aclosing(answers):
+            async for request, future in answers:
+                response = pb.SearchStreamResponse(tag=request.tag, window=STREAM_WINDOW)
+                try:
+                    response.found.MergeFromString(future.result())
+                except ShoalError as error:
+                    response.error.CopyFrom(detail_of(error))
+                yield response
 
-    async def _search_of_stream(
+    def _begin_of_stream(
         self, request: pb.SearchStreamRequest, context: Context
-    ) -> pb.SearchStreamResponse:
-        response = pb.SearchStreamResponse(tag=request.tag, window=STREAM_WINDOW)
+    ) -> "asyncio.Future[bytes]":
+        size_bytes = len(request.search.vectors)
         try:
-            with self._admission.admit(len(request.search.vectors)):
-                # The deadline of the RPC is that of the whole stream, not of a search.
-                allowed_s = min(timeout_s(context), TIMEOUT_DEFAULT_S)
-                response.found.CopyFrom(await self._search(request.search, allowed_s))
+            self._admission.enter(size_bytes)
         except ShoalError as error:
-            response.error.CopyFrom(detail_of(error))
-        return response
+            return _failed(error)
+        try:
+            # Serialised again, which is cheap, because the decoder remembers by bytes.
+            asked = self.decoder.decode(request.search.SerializeToString())
+            # The deadline of the RPC is that of the whole stream, not of a search.
+            allowed_s = min(timeout_s(context), TIMEOUT_DEFAULT_S)
+            future: asyncio.Future[bytes] = asyncio.ensure_future(self._begin(asked, allowed_s))
+        except Exception as error:  # noqa: BLE001  it belongs to who takes the answer
+            future = _failed(error)
+        future.add_done_callback(lambda _: self._admission.leave(size_bytes))
+        return future
 
-    async def _search(self, request: pb.SearchRequest, allowed_s: float) -> pb.SearchResponse:
-        started_s = self._clock.monotonic_s()
-        decoded = decode_search(request)
-        decoded_s = self._clock.monotonic_s()
-        result = await self._searching.search(decoded, timeout_s=allowed_s)
-        found_s = self._clock.monotonic_s()
-        response = encode_result(result, with_payload=request.with_payload)
-        if result.explain is not None:
-            encoded_s = self._clock.monotonic_s()
-            stages_us = {
-                "decode": (decoded_s - started_s) * MICROSECONDS,
-                **result.explain.stages_us,
-                "encode": (encoded_s - found_s) * MICROSECONDS,
-            }
-            fill_stages(response.explain.stages, stages_us)
-        return response
+    def _begin(self, asked: AskedSearch, allowed_s: float) -> Awaitable[bytes]:
+        request = asked.template.request
+        finish = self._encoder.finish_of(
+            with_payload=request.with_payload, explain=request.explain, began_s=asked.began_s
+        )
+        return self._searching.begin(
+            asked.template, asked.vectors, timeout_s=allowed_s, finish=finish
+        )
 
     async def Recommend(  # noqa: N802
         self, request: pb.RecommendRequest, context: Context
@@ -121,48 +128,7 @@ class SearchService(SearchServicer):
                 yield encode_range(part, with_payload=request.with_payload)
 
 
-def decode_search(message: pb.SearchRequest) -> SearchRequest:
-    """Returns the request; only its form is checked here, the rest by query/plan.py."""
-    queries = None
-    if message.vectors:
-        queries = decode_vectors(message.vectors, message.dimension, field="vectors")
-    return SearchRequest(
-        collection=message.collection,
-        k=message.k,
-        queries=queries,
-        ids=tuple(point_id.encode() for point_id in message.ids),
-        filter=decode_filter(message.filter) if message.HasField("filter") else None,
-        exact=message.exact,
-        recall_target=message.recall_target if message.HasField("recall_target") else None,
-        freshness=decode_freshness(message.consistency, message.session),
-        with_payload=message.with_payload,
-        with_vector=message.with_vector,
-        explain=message.explain,
-        model=decode_model(message.model) if message.HasField("model") else None,
-    )
-
-
-def encode_result(result: SearchResult, *, with_payload: bool) -> pb.SearchResponse:
-    """Returns the answer as a message, without the stages of explain: this is one of them."""
-    response = pb.SearchResponse(staleness_ms=whole_ms(result.staleness_ms))
-    fill_token(response.as_of, result.schema, result.as_of)
-    hits = result.hits
-    scores = scores_of(hits.keys, result.schema.metric)
-    start = 0
-    for count in hits.counts:
-        end = start + count
-        of_query = response.results.add()
-        of_query.scores.extend(scores[start:end])
-        fill_rows(
-            of_query.rows,
-            result.schema,
-            ids=hits.ids[start:end],
-            seqs=hits.seqs[start:end],
-            tails=None if hits.tails is None else hits.tails[start:end],
-            vectors=None if hits.vectors is None else hits.vectors[start:end],
-            with_payload=with_payload,
-        )
-        start = end
-    if result.explain is not None:
-        fill_explain(response.explain, result.explain)
-    return response
+def _failed(error: Exception) -> "asyncio.Future[bytes]":
+    future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+    future.set_exception(error)
+    return future

@@ -122,12 +122,12 @@ async def start_server(
     host, _, _ = address.rpartition(":")
     admission = admission or Admission()
     server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=RPCS_IN_FLIGHT_MAX)
-    guard = Guard(server, admission, ids)
+    search = SearchService(services.searching, services.exploring, admission)
+    guard = Guard(server, admission, ids, {"shoal.v1.Search/Search": search.decoder.decode})
     points = PointsService(services.writing, services.reading, services.exploring, admission)
     # The generated functions take a server; the guard offers the two methods they call.
     add_CollectionsServicer_to_server(CollectionsService(services.control), guard)  # type: ignore[arg-type]
     add_PointsServicer_to_server(points, guard)  # type: ignore[arg-type]
-    search = SearchService(services.searching, services.exploring, admission)
     add_SearchServicer_to_server(search, guard)  # type: ignore[arg-type]
     add_AdminServicer_to_server(AdminService(services.status), guard)  # type: ignore[arg-type]
     clock = SystemClock()

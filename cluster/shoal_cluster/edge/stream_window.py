@@ -1,58 +1,66 @@
 """Works on several requests of a bidirectional stream at a time, and answers each when it is done.
 
 A client that sends more than its window is not read from until a request is done: HTTP/2 then
-stops it.
+stops it. One task reads, whatever the number of requests.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
 RequestT = TypeVar("RequestT")
-ResponseT = TypeVar("ResponseT")
+AnswerT = TypeVar("AnswerT")
 
 
 async def answer_in_window(
     requests: AsyncIterator[RequestT],
-    answer: Callable[[RequestT], Coroutine[Any, Any, ResponseT]],
+    begin: Callable[[RequestT], Awaitable[AnswerT]],
     *,
     window: int,
-) -> AsyncIterator[ResponseT]:
-    """Yields the answers in the order in which they are ready.
+) -> AsyncGenerator[tuple[RequestT, "asyncio.Future[AnswerT]"], None]:
+    """Yields each request with its future, done, in the order in which they are.
 
-    answer: must not raise what concerns one request only. When the stream ends early, answers
+    begin: must not raise what concerns one request only. When the stream ends early, answers
     under way are cancelled.
     """
-    incoming = aiter(requests)
-    working: set[asyncio.Task[ResponseT]] = set()
-    reading: asyncio.Task[RequestT | None] | None = None
-    ended = False
+    working: dict[asyncio.Future[AnswerT], RequestT] = {}
+    ready: deque[asyncio.Future[AnswerT]] = deque()
+    # Set when an answer is ready or the reading has ended; when there is room again.
+    news, room = asyncio.Event(), asyncio.Event()
+
+    def done(future: "asyncio.Future[AnswerT]") -> None:
+        ready.append(future)
+        news.set()
+
+    async def read() -> None:
+        async for request in requests:
+            future = asyncio.ensure_future(begin(request))
+            working[future] = request
+            future.add_done_callback(done)
+            while len(working) >= window:
+                room.clear()
+                await room.wait()
+
+    def read_all(_: Any) -> None:
+        news.set()
+
+    reading = asyncio.ensure_future(read())
+    reading.add_done_callback(read_all)
     try:
-        while working or not ended:
-            if reading is None and not ended and len(working) < window:
-                reading = asyncio.ensure_future(_next(incoming))
-            await asyncio.wait(
-                [*working, reading] if reading else working,
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if reading is not None and reading.done():
-                request = reading.result()
-                reading = None
-                if request is None:
-                    ended = True
-                else:
-                    working.add(asyncio.ensure_future(answer(request)))
-            for task in [task for task in working if task.done()]:
-                working.discard(task)
-                yield task.result()
+        while True:
+            while ready:
+                future = ready.popleft()
+                request = working.pop(future)
+                room.set()
+                yield request, future
+            if reading.done():
+                reading.result()
+                if not working:
+                    return
+            news.clear()
+            await news.wait()
     finally:
-        for task in working:
-            task.cancel()
-        if reading is not None:
-            reading.cancel()
-
-
-async def _next(incoming: AsyncIterator[RequestT]) -> RequestT | None:
-    async for request in incoming:
-        return request
-    return None
+        reading.cancel()
+        for future in working:
+            future.cancel()

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, cast
@@ -25,7 +25,14 @@ from shoal_cluster.domain.limits import KIB, LINK_IN_FLIGHT_MAX, MIB
 from shoal_cluster.links.connection import DRAINING, WRITE_BUFFER_BYTES_HIGH
 from shoal_cluster.links.deadlines import DeadlineTimer
 from shoal_cluster.links.handshake import ListenerHandshake, SecretOf
-from shoal_cluster.links.messages import Answer, Handler, ReceivedReply, Reply, Request
+from shoal_cluster.links.messages import (
+    Answer,
+    Handler,
+    LaterAnswer,
+    ReceivedReply,
+    Reply,
+    Request,
+)
 from shoal_protos.frames import (
     FRAME_BYTES_MAX,
     Frame,
@@ -66,6 +73,7 @@ class Service:
     ids: IdGenerator
     handshake_s: float
     in_flight_max: int = LINK_IN_FLIGHT_MAX
+    reply_of: Callable[[bytes], Reply] | None = None
 
 
 class AcceptedLink(asyncio.Protocol):
@@ -83,6 +91,7 @@ class AcceptedLink(asyncio.Protocol):
         self._handlers = service.handlers
         self._clock = service.clock
         self._in_flight_max = service.in_flight_max
+        self._reply_of = service.reply_of
         self._on_closed = on_closed
         self._loop = asyncio.get_running_loop()
         nonce = bytes.fromhex(service.ids.hex(NONCE_BYTES))
@@ -97,10 +106,10 @@ class AcceptedLink(asyncio.Protocol):
         self._paused = False
         self._peer = ""
         self._held: dict[int, tuple[float, list[Any], memoryview]] = {}
-        self._running: dict[int, tuple[asyncio.Future[Answer], float]] = {}
+        self._running: dict[int, tuple[asyncio.Future[Answer | bytes], float]] = {}
         self._deadlines = DeadlineTimer(service.clock, self._expire)
 
-    def running(self) -> Iterator[asyncio.Future[Answer]]:
+    def running(self) -> Iterator[asyncio.Future[Answer | bytes]]:
         """Yields the handlers that have started and not ended."""
         for future, _ in self._running.values():
             yield future
@@ -284,15 +293,13 @@ class AcceptedLink(asyncio.Protocol):
             retry_after_ms=_RETRY_MS,
         )
 
-    def _run(
-        self, request_id: int, deadline_s: float, method: str, awaitable: Awaitable[Answer]
-    ) -> None:
+    def _run(self, request_id: int, deadline_s: float, method: str, awaitable: LaterAnswer) -> None:
         future = asyncio.ensure_future(awaitable)
         self._running[request_id] = (future, deadline_s)
         self._deadlines.watch(deadline_s)
         future.add_done_callback(partial(self._finish, request_id, method))
 
-    def _finish(self, request_id: int, method: str, future: asyncio.Future[Answer]) -> None:
+    def _finish(self, request_id: int, method: str, future: asyncio.Future[Answer | bytes]) -> None:
         self._running.pop(request_id, None)
         if future.cancelled():
             # By CANCEL, and then nobody listens; by the deadline; or by the actor itself.
@@ -330,6 +337,8 @@ class AcceptedLink(asyncio.Protocol):
         transport = self._transport
         if not self._open or transport.is_closing():
             return
+        if type(answer) is bytes and self._reply_of is not None:
+            answer = self._reply_of(answer)
         if not isinstance(answer, _ANSWERS):
             wrong = TypeError(f"handler of '{method}' returned {type(answer).__name__}, no Reply")
             self._send_internal(request_id, method, wrong)

@@ -1,7 +1,7 @@
 """Serves handlers at one or more link addresses."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 import structlog
@@ -12,7 +12,7 @@ from shoal_cluster.domain.limits import LINK_IN_FLIGHT_MAX
 from shoal_cluster.links.accepted import AcceptedLink, Service
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.handshake import SecretOf
-from shoal_cluster.links.messages import Handler
+from shoal_cluster.links.messages import Handler, Reply
 from shoal_cluster.links.network import Network, Served, SocketNetwork
 
 _log = structlog.get_logger(__name__)
@@ -32,6 +32,7 @@ class Listener:
 
     handlers: method name to handler; what a handler may be is told at `Handler`.
     secret_of: what callers must know, by the name they give; `shared_secret` between actors.
+    reply_of: makes the reply of a handler that answers with bytes; None: no handler does.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Listener:
         handshake_s: float = HANDSHAKE_S,
         in_flight_max: int = LINK_IN_FLIGHT_MAX,
         connections_max: int = CONNECTIONS_MAX,
+        reply_of: Callable[[bytes], Reply] | None = None,
     ) -> None:
         self._service = Service(
             handlers=dict(handlers),
@@ -53,6 +55,7 @@ class Listener:
             ids=ids or SystemIdGenerator(),
             handshake_s=handshake_s,
             in_flight_max=in_flight_max,
+            reply_of=reply_of,
         )
         self._network = network or SocketNetwork()
         self._connections_max = connections_max

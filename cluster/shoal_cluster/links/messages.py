@@ -43,7 +43,10 @@ class ReceivedReply(NamedTuple):
 
 Answer = Reply | ReceivedReply
 
-Handler = Callable[[Request], Answer | Awaitable[Answer]]
+LaterAnswer = Awaitable[Answer | bytes]
+"""Bytes: only where the listener says what reply they make (`Listener`, reply_of)."""
+
+Handler = Callable[[Request], Answer | LaterAnswer]
 """Serves one method.
 
 A plain function that returns an Answer costs no task; one that returns a Future (of a batch or an

@@ -1,7 +1,7 @@
 """Lets searches of one shard travel together when the shard is busy. Between scatter and replicas.
 
-Natural batching, without timers: up to IN_FLIGHT_MAX searches of the same shard and plan are sent
-as they come; those that arrive meanwhile wait for one of them to be answered, and then go as one
+Natural batching, without timers: up to IN_FLIGHT_MAX calls of the same shard and plan are sent as
+searches come; those that arrive meanwhile wait for one of them to be answered, and then go as one
 call, whose answer is cut up again. A client alone never waits; at eight clients a call carries
 three queries or so, and frames, messages and kernels are paid for once (docs/design/hot-path.md).
 
@@ -11,16 +11,14 @@ A batch asks for the newest position that any of its searches needs, which satis
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Final
-
-import msgpack
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple, Protocol
 
 from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.topology import Topology
 from shoal_cluster.query.merge import Hits
-from shoal_cluster.query.replica_reads import ReplicaReads, ShardAnswer, ShardRead
-from shoal_cluster.shard.calls import ReadLevel, SearchCall, SearchReply
+from shoal_cluster.query.prepared import Parsed, PreparedRead
+from shoal_cluster.query.replica_reads import ReplicaReads, ShardAnswer
 
 IN_FLIGHT_MAX: Final = 2
 """Of one shard and plan: one is searched while the next is on its way."""
@@ -28,21 +26,36 @@ IN_FLIGHT_MAX: Final = 2
 BATCH_QUERIES_MAX: Final = 64
 """A shard server cuts a batch up among its idle workers, so this bounds what waits for whom."""
 
-Parsed = tuple[SearchReply, Hits]
 
-_pack = msgpack.Packer(autoreset=True).pack
+class Asker(Protocol):
+    """A search that waits for shards. topology: what it was planned with."""
+
+    @property
+    def topology(self) -> Topology: ...
+
+    @property
+    def deadline_s(self) -> float: ...
+
+    @property
+    def done(self) -> bool:
+        """Whether nobody waits for it any more: it failed or was given up."""
+        ...
+
+    def answered(self, number: int, answer: ShardAnswer[Parsed]) -> None:
+        """Takes the answer to its read of that number."""
+        ...
+
+    def failed(self, error: BaseException) -> None: ...
 
 
-@dataclass(slots=True, eq=False)
-class _Waiting:
-    """queries: how many the body holds."""
+class Waiting(NamedTuple):
+    """A search's read of that number. queries: how many the body holds."""
 
-    read: ShardRead[Parsed]
-    call: SearchCall
+    asker: Asker
+    number: int
+    read: PreparedRead
+    body: bytes | memoryview
     queries: int
-    topology: Topology
-    deadline_s: float
-    future: "asyncio.Future[ShardAnswer[Parsed]]"
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +63,7 @@ class _Line:
     """Searches of one shard and plan."""
 
     in_flight: int = 0
-    waiting: deque[_Waiting] = field(default_factory=deque)
+    waiting: deque[Waiting] = field(default_factory=deque)
 
 
 class SearchBatches:
@@ -59,117 +72,103 @@ class SearchBatches:
     def __init__(self, reads: ReplicaReads) -> None:
         self._reads = reads
         self._lines: dict[bytes, _Line] = {}
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[asyncio.Task[None], Sequence[Waiting]] = {}
 
-    async def read(
-        self,
-        read: ShardRead[Parsed],
-        call: SearchCall,
-        queries: int,
-        topology: Topology,
-        *,
-        deadline_s: float,
-    ) -> ShardAnswer[Parsed]:
-        """Returns what one shard finds, as `ReplicaReads.read`.
-
-        read: carries `call` in its header and `queries` vectors in its body.
-        """
-        if call.explain or queries >= BATCH_QUERIES_MAX:
-            return await self._reads.read(read, topology, deadline_s=deadline_s)
-        # Everything of the call but its level, which is last.
-        key: bytes = _pack((read.header[:-1], call.level.consistency.value))  # type: ignore[index]
+    def ask(self, waiting: Waiting) -> None:
+        """Has the shard asked; its asker hears of the answer or the failure later."""
+        key = waiting.read.line
+        if key is None or waiting.queries >= BATCH_QUERIES_MAX:
+            self._send(None, [waiting])
+            return
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = _Line()
         if line.in_flight >= IN_FLIGHT_MAX:
-            future: asyncio.Future[ShardAnswer[Parsed]] = asyncio.get_running_loop().create_future()
-            line.waiting.append(_Waiting(read, call, queries, topology, deadline_s, future))
-            return await future
-        line.in_flight += 1
-        try:
-            return await self._reads.read(read, topology, deadline_s=deadline_s)
-        finally:
-            self._left(key, line)
-
-    def _left(self, key: bytes, line: _Line) -> None:
-        """One of the line was answered: whoever waits goes together."""
-        line.in_flight -= 1
-        batch = _next_batch(line.waiting)
-        if batch:
+            line.waiting.append(waiting)
+        else:
             line.in_flight += 1
-            task = asyncio.ensure_future(self._run(key, line, batch))
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
-        elif not line.in_flight:
-            del self._lines[key]
+            self._send(key, [waiting])
 
-    async def _run(self, key: bytes, line: _Line, batch: Sequence[_Waiting]) -> None:
+    def abandon(self) -> None:
+        """Ends the calls that nobody waits for any more; to be called when an asker gave up."""
+        for task, batch in self._running.items():
+            if all(waiting.asker.done for waiting in batch):
+                task.cancel()
+
+    def _send(self, key: bytes | None, batch: Sequence[Waiting]) -> None:
+        task = asyncio.ensure_future(self._run(key, batch))
+        self._running[task] = batch
+        task.add_done_callback(self._running.pop)
+
+    async def _run(self, key: bytes | None, batch: Sequence[Waiting]) -> None:
         try:
             await self._ask(batch)
         finally:
-            self._left(key, line)
+            if key is not None:
+                self._left(key)
 
-    async def _ask(self, batch: Sequence[_Waiting]) -> None:
-        first = batch[0]
+    def _left(self, key: bytes) -> None:
+        """One call of the line was answered: whoever waits goes together."""
+        line = self._lines[key]
+        batch = _next_batch(line.waiting)
+        if batch:
+            self._send(key, batch)
+            return
+        line.in_flight -= 1
+        if not line.in_flight:
+            del self._lines[key]
+
+    async def _ask(self, batch: Sequence[Waiting]) -> None:
+        asker, _, read, body, _ = batch[0]
+        at_least, deadline_s = read.level.at_least, asker.deadline_s
+        if len(batch) > 1:
+            at_least = max(waiting.read.level.at_least for waiting in batch)
+            deadline_s = max(waiting.asker.deadline_s for waiting in batch)
+            body = b"".join([waiting.body for waiting in batch])
         try:
             answer = await self._reads.read(
-                _joined(batch),
-                first.topology,
-                deadline_s=max(waiting.deadline_s for waiting in batch),
+                read.read(at_least, body), asker.topology, deadline_s=deadline_s
             )
-        except asyncio.CancelledError:
-            for waiting in batch:
-                waiting.future.cancel()
-            raise
         except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the searches
             if isinstance(error, InvalidRequest) and len(batch) > 1:
                 # Together they may ask for more than a reply holds, and each alone not.
                 await asyncio.gather(*(self._ask([waiting]) for waiting in batch))
                 return
             for waiting in batch:
-                if not waiting.future.done():
-                    waiting.future.set_exception(error)
+                waiting.asker.failed(error)
+        except asyncio.CancelledError as error:
+            for waiting in batch:
+                waiting.asker.failed(error)
+            raise
         else:
             _hand_out(answer, batch)
 
 
-def _next_batch(waiting: deque[_Waiting]) -> list[_Waiting]:
+def _next_batch(waiting: deque[Waiting]) -> list[Waiting]:
     """Takes those that still wait, in their order, up to the bound."""
-    batch: list[_Waiting] = []
+    batch: list[Waiting] = []
     queries = 0
     while waiting and queries + waiting[0].queries <= BATCH_QUERIES_MAX:
         each = waiting.popleft()
-        if not each.future.done():
+        if not each.asker.done:
             batch.append(each)
             queries += each.queries
     return batch
 
 
-def _joined(batch: Sequence[_Waiting]) -> ShardRead[Parsed]:
-    first = batch[0]
+def _hand_out(answer: ShardAnswer[Parsed], batch: Sequence[Waiting]) -> None:
     if len(batch) == 1:
-        return first.read
-    level = ReadLevel(
-        consistency=first.call.level.consistency,
-        at_least=max(waiting.call.level.at_least for waiting in batch),
-    )
-    return replace(
-        first.read,
-        header=replace(first.call, level=level).to_wire(),
-        body=b"".join(waiting.read.body for waiting in batch),
-    )
-
-
-def _hand_out(answer: ShardAnswer[Parsed], batch: Sequence[_Waiting]) -> None:
+        batch[0].asker.answered(batch[0].number, answer)
+        return
     reply, hits = answer.reply
     query = hit = 0
-    for waiting in batch:
-        counts = hits.counts[query : query + waiting.queries]
+    for asker, number, _, _, queries in batch:
+        counts = hits.counts[query : query + queries]
         end = hit + sum(counts)
-        if not waiting.future.done():
-            part: Any = (reply, _part(hits, counts, hit, end))
-            waiting.future.set_result(replace(answer, reply=part))
-        query += waiting.queries
+        if not asker.done:
+            part = (reply, _part(hits, counts, hit, end))
+            asker.answered(number, ShardAnswer(part, answer.server, answer.primary, answer.reason))
+        query += queries
         hit = end
 
 

@@ -1,9 +1,9 @@
 """Runs a search: plan, scatter to shards, gather, merge. Third step of the search path."""
 
-import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 
@@ -15,22 +15,14 @@ from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import Position
 from shoal_cluster.domain.shard_caller import ShardCaller, TopologySource
-from shoal_cluster.domain.topology import Topology
-from shoal_cluster.query.batching import Parsed, SearchBatches
-from shoal_cluster.query.gather import gather
-from shoal_cluster.query.merge import Hits, hits_of, merge_top_k, no_hits
-from shoal_cluster.query.plan import (
-    SearchPlan,
-    SearchRequest,
-    check_search,
-    collection_of,
-    plan_search,
-)
+from shoal_cluster.query.batching import SearchBatches, Waiting
+from shoal_cluster.query.merge import Hits, merge_top_k, no_hits
+from shoal_cluster.query.plan import SearchPlan, SearchRequest, check_queries
+from shoal_cluster.query.prepared import Parsed, PreparedSearch, SearchTemplate
 from shoal_cluster.query.pruning import PrunedShard
-from shoal_cluster.query.replica_reads import ReplicaReads, ShardAnswer, ShardRead
+from shoal_cluster.query.replica_reads import ReplicaReads, ShardAnswer
 from shoal_cluster.query.rows import RowReader
 from shoal_cluster.query.scatter import Scatter
-from shoal_cluster.shard.calls import SearchCall, SearchReply
 
 MICROSECONDS = 1_000_000
 
@@ -68,6 +60,9 @@ class SearchResult:
     explain: SearchExplain | None = None
 
 
+T = TypeVar("T")
+
+
 class Searcher:
     """Answers searches of one coordinator. Used from one event loop."""
 
@@ -93,74 +88,70 @@ class Searcher:
     async def search(self, request: SearchRequest, *, timeout_s: float) -> SearchResult:
         """Returns the k nearest points of each query.
 
-        Raises: InvalidRequest, NotFound (collection, or an id to search by), Overloaded,
-        Unavailable. A failed shard fails the search: hits are never left out silently.
+        Raises: as `begin`.
         """
-        started_s = self._clock.monotonic_s()
-        deadline_s = started_s + timeout_s
-        topology = self._topology.current()
-        schema = collection_of(topology, request.collection).schema
-        check_search(request, schema)
-        stored = None
-        if request.ids:
-            stored = await self._stored_vectors(request, schema, timeout_s)
-        plan = plan_search(request, schema, stored=stored)
-        planned_s = self._clock.monotonic_s()
-        answers = await self._scatter(plan, request, topology, deadline_s)
-        gathered_s = self._clock.monotonic_s()
-        hits = no_hits(len(plan.queries))
-        if answers:
-            hits = merge_top_k(
-                [answer.reply[1] for answer in answers], request.k, excluded=plan.excluded
-            )
-        _require_answer_size(hits)
-        explain = None
-        if request.explain:
-            merged_s = self._clock.monotonic_s()
-            stages_us = {
-                "plan": round((planned_s - started_s) * MICROSECONDS),
-                "scatter": round((gathered_s - planned_s) * MICROSECONDS),
-                "merge": round((merged_s - gathered_s) * MICROSECONDS),
-            }
-            explain = _explained(plan, request, answers, stages_us)
-        return SearchResult(
-            schema=schema,
-            hits=hits,
-            as_of={
-                shard: answer.reply[0].as_of.position
-                for shard, answer in zip(plan.shards, answers, strict=True)
-            },
-            staleness_ms=max(
-                (answer.reply[0].as_of.staleness_ms for answer in answers), default=0.0
-            ),
-            explain=explain,
+        template = SearchTemplate(replace(request, queries=None))
+        return await self.begin(
+            template, request.queries, timeout_s=timeout_s, finish=lambda result: result
         )
 
-    async def _scatter(
-        self, plan: SearchPlan, request: SearchRequest, topology: Topology, deadline_s: float
-    ) -> Sequence[ShardAnswer[Parsed]]:
-        body = plan.queries.data.cast("B")
-        parse = functools.partial(
-            _parse, dimension=plan.schema.dimension, with_vector=request.with_vector
-        )
-        reads = []
-        for shard in plan.shards:
-            call = plan.call(shard, request)
-            read = ShardRead(
-                collection=plan.schema.name,
-                collection_id=plan.schema.id,
-                shard=shard,
-                method=SearchCall.METHOD,
-                header=call.to_wire(),
-                body=body,
-                parse=parse,
-                consistency=request.freshness.consistency,
-                kind="search_exact" if request.exact else "search",
-            )
-            reads.append(
-                self._batches.read(read, call, len(plan.queries), topology, deadline_s=deadline_s)
-            )
-        return await gather(reads)
+    def begin(
+        self,
+        template: SearchTemplate,
+        queries: Vectors | None,
+        *,
+        timeout_s: float,
+        finish: Callable[[SearchResult], T],
+    ) -> Awaitable[T]:
+        """Starts a search and returns the future of what `finish` makes of its result.
+
+        queries: (n, dimension) float32 as the caller gave them; None with ids. The future costs no
+        task; cancelling it gives the search up.
+
+        Raises, at once or from the future: InvalidRequest, NotFound (collection, or an id to
+        search by), Overloaded, Unavailable. A failed shard fails the search: hits are never left
+        out silently.
+        """
+        started_s = self._clock.monotonic_s()
+        prepared = template.prepared(self._topology.current())
+        if template.request.ids:
+            check_queries(queries, template.request, prepared.plan.schema)
+            return self._search_by_ids(prepared, started_s, timeout_s, finish)
+        body = prepared.body_of(queries)
+        return self._scatter(prepared, body, started_s, started_s + timeout_s, finish)
+
+    async def _search_by_ids(
+        self,
+        prepared: PreparedSearch,
+        started_s: float,
+        timeout_s: float,
+        finish: Callable[[SearchResult], T],
+    ) -> T:
+        stored = await self._stored_vectors(prepared.request, prepared.plan.schema, timeout_s)
+        body = stored.data.cast("B")
+        return await self._scatter(prepared, body, started_s, started_s + timeout_s, finish)
+
+    def _scatter(
+        self,
+        prepared: PreparedSearch,
+        body: memoryview,
+        started_s: float,
+        deadline_s: float,
+        finish: Callable[[SearchResult], T],
+    ) -> "asyncio.Future[T]":
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        search = _Search(prepared, body, future, finish, self._clock, started_s, deadline_s)
+        future.add_done_callback(self._ended)
+        batches, queries = self._batches, search.queries
+        for number, read in enumerate(prepared.reads):
+            batches.ask(Waiting(search, number, read, body, queries))
+        if not prepared.reads:
+            search.gathered()
+        return future
+
+    def _ended(self, future: "asyncio.Future[Any]") -> None:
+        if future.cancelled() or future.exception() is not None:
+            self._batches.abandon()
 
     async def _stored_vectors(
         self, request: SearchRequest, schema: CollectionSchema, timeout_s: float
@@ -185,6 +176,106 @@ class Searcher:
         return np.ascontiguousarray(found.vectors[[position[i] for i in request.ids]])
 
 
+class _Search(Generic[T]):
+    """A search under way: an `Asker` (batching.py). planned_s: when its shards were asked."""
+
+    __slots__ = (
+        "_answers",
+        "_clock",
+        "_finish",
+        "_future",
+        "_missing",
+        "_prepared",
+        "_started_s",
+        "deadline_s",
+        "planned_s",
+        "queries",
+        "topology",
+    )
+
+    def __init__(
+        self,
+        prepared: PreparedSearch,
+        body: memoryview,
+        future: "asyncio.Future[T]",
+        finish: Callable[[SearchResult], T],
+        clock: Clock,
+        started_s: float,
+        deadline_s: float,
+    ) -> None:
+        self.topology = prepared.topology
+        self.deadline_s = deadline_s
+        self.queries = len(body) // (4 * prepared.plan.schema.dimension)
+        self.planned_s = clock.monotonic_s()
+        self._prepared = prepared
+        self._future = future
+        self._finish = finish
+        self._clock = clock
+        self._started_s = started_s
+        self._missing = len(prepared.reads)
+        self._answers: list[ShardAnswer[Parsed] | None] = [None] * self._missing
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
+
+    def answered(self, number: int, answer: ShardAnswer[Parsed]) -> None:
+        if self._future.done():
+            return
+        self._answers[number] = answer
+        self._missing -= 1
+        if not self._missing:
+            self.gathered()
+
+    def failed(self, error: BaseException) -> None:
+        if self._future.done():
+            return
+        if isinstance(error, asyncio.CancelledError):
+            self._future.cancel()
+        else:
+            self._future.set_exception(error)
+
+    def gathered(self) -> None:
+        """Every shard has answered."""
+        try:
+            self._future.set_result(self._finish(self._result()))
+        except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the search
+            self._future.set_exception(error)
+
+    def _result(self) -> SearchResult:
+        plan, request = self._prepared.plan, self._prepared.request
+        answers = cast(Sequence[ShardAnswer[Parsed]], self._answers)
+        gathered_s = self._clock.monotonic_s() if request.explain else 0.0
+        if answers:
+            hits = merge_top_k(
+                [answer.reply[1] for answer in answers], request.k, excluded=request.ids or None
+            )
+        else:
+            hits = no_hits(self.queries)
+        _require_answer_size(hits)
+        explain = None
+        if request.explain:
+            stages_us = {
+                "plan": round((self.planned_s - self._started_s) * MICROSECONDS),
+                "scatter": round((gathered_s - self.planned_s) * MICROSECONDS),
+                "merge": round((self._clock.monotonic_s() - gathered_s) * MICROSECONDS),
+            }
+            explain = _explained(plan, request, answers, stages_us)
+        as_of: dict[ShardNumber, Position] = {}
+        staleness_ms = 0.0
+        for shard, answer in zip(plan.shards, answers, strict=True):
+            reflected = answer.reply[0].as_of
+            as_of[shard] = reflected.position
+            staleness_ms = max(staleness_ms, reflected.staleness_ms)
+        return SearchResult(
+            schema=plan.schema,
+            hits=hits,
+            as_of=as_of,
+            staleness_ms=staleness_ms,
+            explain=explain,
+        )
+
+
 def _require_answer_size(hits: Hits) -> None:
     """Raises: InvalidRequest when hits of many shards together hold too much."""
     if hits.tails is None:
@@ -197,11 +288,6 @@ def _require_answer_size(hits: Hits) -> None:
             field="with_payload",
             limit=f"{GATHERED_BYTES_MAX} bytes",
         )
-
-
-def _parse(header: Any, body: memoryview, *, dimension: int, with_vector: bool) -> Parsed:
-    reply = SearchReply.from_wire(header, body)
-    return reply, hits_of(reply, body, dimension=dimension, with_vector=with_vector)
 
 
 def _explained(

@@ -15,7 +15,6 @@ import numpy as np
 from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.ids import ShardNumber
 from shoal_cluster.domain.limits import GROUPS_MAX, SEARCH_K_MAX
-from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import AttributeType, CollectionSchema, Metric
 from shoal_cluster.domain.session import Position
 from shoal_cluster.filtering.expression import And, Comparison, Operator
@@ -27,7 +26,13 @@ from shoal_cluster.query.execute import SearchExplain
 from shoal_cluster.query.explanation import explained
 from shoal_cluster.query.merge import Hits, hits_of, merge_top_k
 from shoal_cluster.query.nearest import ShardHits, picked
-from shoal_cluster.query.plan import SearchPlan, SearchRequest, check_search, plan_search
+from shoal_cluster.query.plan import (
+    SearchPlan,
+    SearchRequest,
+    check_search,
+    plan_search,
+    prepare_queries,
+)
 from shoal_cluster.query.pruning import reachable_shards
 from shoal_cluster.query.replica_reads import ShardAnswer
 from shoal_cluster.query.scatter import Reading, Scatter
@@ -71,13 +76,13 @@ async def search_groups(
     kind = require_attribute(schema, request.group_by, KINDS, field="group_by")
     _check_sizes(request, schema)
     query = await example_vectors(reading, [request.query], request.search.freshness)
-    search = replace(request.search, queries=query)
-    plan = plan_search(search, schema)
-    answers = await _find(reading, request, plan)
+    body = prepare_queries(query, schema).data.cast("B")
+    plan = plan_search(request.search, schema)
+    answers = await _find(reading, request, plan, body)
     began_s = scatter.clock.monotonic_s()
     values = nearest_groups([answer.reply for answer in answers], request.groups)
     reading.note("choose", began_s)
-    groups = await _fill(reading, request, plan, values) if values else []
+    groups = await _fill(reading, request, plan, body, values) if values else []
     target = request.search.recall_target
     return GroupsResult(
         schema=schema,
@@ -110,7 +115,7 @@ def nearest_groups(replies: Sequence[FindGroupsReply], groups: int) -> list[Scal
 
 
 async def _find(
-    reading: Reading, request: GroupsRequest, plan: SearchPlan
+    reading: Reading, request: GroupsRequest, plan: SearchPlan, body: memoryview
 ) -> Sequence[ShardAnswer[FindGroupsReply]]:
     search, schema = request.search, reading.schema
     calls = [
@@ -128,11 +133,15 @@ async def _find(
         )
         for shard in plan.shards
     ]
-    return await reading.ask(calls, _parse_groups, body=_body(plan.queries), stage="find")
+    return await reading.ask(calls, _parse_groups, body=body, stage="find")
 
 
 async def _fill(
-    reading: Reading, request: GroupsRequest, plan: SearchPlan, values: Sequence[Scalar]
+    reading: Reading,
+    request: GroupsRequest,
+    plan: SearchPlan,
+    body: memoryview,
+    values: Sequence[Scalar],
 ) -> list[tuple[Scalar, Hits]]:
     """Returns the groups with their hits; one whose points are gone meanwhile is left out."""
     search, schema = request.search, reading.schema
@@ -159,7 +168,7 @@ async def _fill(
     parse = functools.partial(
         _parse_hits, dimension=schema.dimension, with_vector=search.with_vector
     )
-    answers = await reading.ask(calls, parse, body=_body(plan.queries), stage="fill")
+    answers = await reading.ask(calls, parse, body=body, stage="fill")
     began_s = reading.scatter.clock.monotonic_s()
     parts = [
         replace(answer.reply.hits, counts=_spread(answer.reply.hits.counts, of_shard, len(values)))
@@ -212,10 +221,6 @@ def _check_sizes(request: GroupsRequest, schema: CollectionSchema) -> None:
         )
     placeholder = np.zeros((1, schema.dimension), np.float32)
     check_search(replace(request.search, k=request.groups * size, queries=placeholder), schema)
-
-
-def _body(queries: Vectors) -> memoryview:
-    return queries.data.cast("B")
 
 
 def _parse_groups(header: Any, body: memoryview) -> FindGroupsReply:

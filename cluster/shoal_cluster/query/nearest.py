@@ -11,7 +11,7 @@ from shoal_cluster.domain.schema import Metric
 from shoal_cluster.query.execute import SearchExplain
 from shoal_cluster.query.explanation import explained
 from shoal_cluster.query.merge import Hits, hits_of, merge_top_k, no_hits
-from shoal_cluster.query.plan import SearchPlan, SearchRequest, plan_search
+from shoal_cluster.query.plan import SearchPlan, SearchRequest, plan_search, prepare_queries
 from shoal_cluster.query.replica_reads import ShardAnswer
 from shoal_cluster.query.scatter import Reading
 from shoal_cluster.shard.calls import AsOf, SearchReply
@@ -68,6 +68,8 @@ async def nearest(
     Raises: as a search does.
     """
     plan = plan_search(request, reading.schema)
+    assert request.queries is not None, "check_search refuses a search without queries"
+    body = prepare_queries(request.queries, reading.schema).data.cast("B")
     with_tails = request.with_payload or (
         request.with_vector and keep_vectors and reading.schema.metric is Metric.COSINE
     )
@@ -76,7 +78,7 @@ async def nearest(
         _parse, dimension=reading.schema.dimension, with_vector=request.with_vector
     )
     calls = [plan.call(shard, request) for shard in plan.shards]
-    answers = await reading.ask(calls, parse, body=plan.queries.data.cast("B"), stage="scatter")
+    answers = await reading.ask(calls, parse, body=body, stage="scatter")
     began_s = reading.scatter.clock.monotonic_s()
     hits = no_hits(1)
     if answers:

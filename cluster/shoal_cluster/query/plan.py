@@ -59,7 +59,8 @@ class SearchRequest:
     """One to SEARCH_BATCH_MAX queries under one filter, by vector or by stored point.
 
     queries: (n, dimension) float32 as the caller gave them, or None. ids: UTF-8, () with queries.
-    recall_target: None means the collection's.
+    recall_target: None means the collection's. With neither queries nor ids it is a template, what
+    searches that differ in their vectors have in common (query/prepared.py).
     """
 
     collection: str
@@ -78,15 +79,13 @@ class SearchRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchPlan:
-    """queries: (n, dimension) float32 as the index wants them. k: what each shard is asked for.
+    """Whom to ask for what, whatever the queries. k: what each shard is asked for.
 
-    excluded: the id that each query must not find, or None. shards: those to ask, ascending.
+    shards: those to ask, ascending.
     """
 
     schema: CollectionSchema
-    queries: Vectors
     k: int
-    excluded: tuple[bytes, ...] | None
     filter_wire: Any
     shards: tuple[ShardNumber, ...]
     pruned: tuple[PrunedShard, ...]
@@ -121,7 +120,50 @@ def collection_of(topology: Topology, name: str) -> CollectionPlace:
 
 
 def check_search(request: SearchRequest, schema: CollectionSchema) -> None:
-    """Checks everything but the vectors and the filter.
+    """Checks everything but the vectors' values and the filter.
+
+    Raises: InvalidRequest naming the field and the limit.
+    """
+    check_settings(request, schema)
+    check_queries(request.queries, request, schema)
+
+
+def check_queries(
+    queries: Vectors | None, request: SearchRequest, schema: CollectionSchema
+) -> None:
+    """Checks what is searched by, but for the vectors' values, and how much could be found.
+
+    queries: of the request, or of a search that is like it but for them.
+
+    Raises: InvalidRequest naming the field and the limit.
+    """
+    by_vector = queries is not None
+    if by_vector == bool(request.ids):
+        raise InvalidRequest(
+            "a search takes either vectors or ids"
+            + (", this one names both" if by_vector else ", this one names neither"),
+            field="vectors",
+        )
+    count = len(request.ids) if queries is None else len(queries)
+    if not 1 <= count <= SEARCH_BATCH_MAX:
+        raise InvalidRequest(
+            f"the search holds {count} queries",
+            field="vectors" if by_vector else "ids",
+            limit=f"1 to {SEARCH_BATCH_MAX} queries",
+        )
+    if request.with_payload or request.with_vector:
+        _check_answer_size(request.k * count, request, schema)
+    for i, point_id in enumerate(request.ids):
+        if not 1 <= len(point_id) <= POINT_ID_BYTES_MAX:
+            raise InvalidRequest(
+                f"the id has {len(point_id)} bytes",
+                field=f"ids[{i}]",
+                limit=f"1 to {POINT_ID_BYTES_MAX} bytes",
+            )
+
+
+def check_settings(request: SearchRequest, schema: CollectionSchema) -> None:
+    """Checks what does not depend on the queries, but for the filter.
 
     Raises: InvalidRequest naming the field and the limit.
     """
@@ -136,33 +178,11 @@ def check_search(request: SearchRequest, schema: CollectionSchema) -> None:
             field="recall_target",
             limit=f"{RECALL_TARGET_MIN} to {RECALL_TARGET_MAX}",
         )
-    by_vector = request.queries is not None
-    if by_vector == bool(request.ids):
-        raise InvalidRequest(
-            "a search takes either vectors or ids"
-            + (", this one names both" if by_vector else ", this one names neither"),
-            field="vectors",
-        )
-    count = len(request.ids) if request.queries is None else len(request.queries)
-    if not 1 <= count <= SEARCH_BATCH_MAX:
-        raise InvalidRequest(
-            f"the search holds {count} queries",
-            field="vectors" if by_vector else "ids",
-            limit=f"1 to {SEARCH_BATCH_MAX} queries",
-        )
-    _check_answer_size(request.k * count, request, schema)
-    for i, point_id in enumerate(request.ids):
-        if not 1 <= len(point_id) <= POINT_ID_BYTES_MAX:
-            raise InvalidRequest(
-                f"the id has {len(point_id)} bytes",
-                field=f"ids[{i}]",
-                limit=f"1 to {POINT_ID_BYTES_MAX} bytes",
-            )
     require_model(request.model, schema.model, schema.name)
 
 
 def _check_answer_size(hits: int, request: SearchRequest, schema: CollectionSchema) -> None:
-    if (request.with_payload or request.with_vector) and hits > HITS_WITH_ROWS_MAX:
+    if hits > HITS_WITH_ROWS_MAX:
         raise InvalidRequest(
             f"up to {hits} hits with payloads or vectors are asked for; ask for fewer, or get them "
             "by id afterwards",
@@ -179,37 +199,37 @@ def _check_answer_size(hits: int, request: SearchRequest, schema: CollectionSche
         )
 
 
-def plan_search(
-    request: SearchRequest, schema: CollectionSchema, *, stored: Vectors | None = None
-) -> SearchPlan:
-    """Returns what to ask which shards.
+def plan_search(request: SearchRequest, schema: CollectionSchema) -> SearchPlan:
+    """Returns what to ask which shards, whatever the queries.
 
-    request: passed `check_search`. stored: for a search by id, the vectors of `request.ids` as
-    the shards keep them; each id is then left out of its own hits, so one hit more is asked for.
+    request: passed `check_settings`. With ids, each is left out of its own hits, so one hit more is
+    asked for.
 
-    Raises: InvalidRequest naming the field, e.g. `vectors[2]` or `filter.and[0].attribute`.
+    Raises: InvalidRequest naming the field, e.g. `filter.and[0].attribute`.
     """
     filter = None
     if request.filter is not None:
         filter = validate(request.filter, schema.attributes)
-    if stored is not None:
-        queries = stored
-    else:
-        assert request.queries is not None, "check_search refuses a search without queries"
-        require_dimension(request.queries, schema.dimension, schema.name, field="vectors[0]")
-        queries, _ = prepare_vectors(request.queries, schema.metric, field=_query_field)
     shards, pruned = reachable_shards(schema, filter)
     return SearchPlan(
         schema=schema,
-        queries=queries,
-        k=request.k if stored is None else request.k + 1,
-        excluded=None if stored is None else request.ids,
+        k=request.k + 1 if request.ids else request.k,
         filter_wire=None if filter is None else to_wire(filter),
         shards=shards,
         pruned=pruned,
         # Under cosine vectors are stored with unit length; the caller's length is in the tail.
         with_tails=request.with_payload or (request.with_vector and schema.metric is Metric.COSINE),
     )
+
+
+def prepare_queries(queries: Vectors, schema: CollectionSchema) -> Vectors:
+    """Returns the queries, (n, dimension) float32, as the index wants them.
+
+    Raises: InvalidRequest naming the field, e.g. `vectors[2]`.
+    """
+    require_dimension(queries, schema.dimension, schema.name, field="vectors[0]")
+    prepared, _ = prepare_vectors(queries, schema.metric, field=_query_field)
+    return prepared
 
 
 def _query_field(row: int) -> str:

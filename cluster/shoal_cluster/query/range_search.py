@@ -25,7 +25,13 @@ from shoal_cluster.query.examples import Example, example_vectors
 from shoal_cluster.query.execute import SearchExplain
 from shoal_cluster.query.explanation import explained
 from shoal_cluster.query.merge import Hits
-from shoal_cluster.query.plan import SearchPlan, SearchRequest, check_search, plan_search
+from shoal_cluster.query.plan import (
+    SearchPlan,
+    SearchRequest,
+    check_search,
+    plan_search,
+    prepare_queries,
+)
 from shoal_cluster.query.replica_reads import ShardAnswer
 from shoal_cluster.query.scatter import Reading, Scatter
 from shoal_cluster.query.sorted_shards import Released, SortedPage, merged, page_bytes, rows_of
@@ -86,10 +92,11 @@ async def search_range(
     placeholder = np.zeros((1, schema.dimension), np.float32)
     check_search(replace(request.search, k=1, queries=placeholder), schema)
     query = await example_vectors(reading, [request.query], request.search.freshness)
-    plan = plan_search(replace(request.search, queries=query), schema)
-    stream = _stream_hash(plan, key_max)
+    body = prepare_queries(query, schema).data.cast("B")
+    plan = plan_search(request.search, schema)
+    stream = _stream_hash(plan, body, key_max)
     place, delivered = _decode_cursor(request.cursor, stream)
-    asking = _Asking(reading, request, plan, after=place, key_max=key_max)
+    asking = _Asking(reading, request, plan, body, after=place, key_max=key_max)
     taken: list[Released] = []
     size_bytes = 0
     truncated = False
@@ -188,6 +195,7 @@ class _Asking:
         reading: Reading,
         request: RangeRequest,
         plan: SearchPlan,
+        body: memoryview,
         *,
         after: tuple[float, bytes] | None,
         key_max: float,
@@ -195,6 +203,7 @@ class _Asking:
         self._reading = reading
         self._search = request.search
         self._plan = plan
+        self._body = body
         self._after = after
         self._key_max = key_max
         # One more than wanted, to tell whether there are more, and one that may be left out.
@@ -224,8 +233,7 @@ class _Asking:
             )
             for shard, page in wanted
         ]
-        body = self._plan.queries.data.cast("B")
-        answers = await self._reading.ask(calls, _parse, body=body, stage="scatter")
+        answers = await self._reading.ask(calls, _parse, body=self._body, stage="scatter")
         if not self.answers:
             self.shards, self.answers = [shard for shard, _ in wanted], answers
         return [self._page(answer.reply) for answer in answers]
@@ -321,7 +329,7 @@ def _decode_cursor(cursor: bytes, stream: bytes) -> tuple[tuple[float, bytes] | 
     )
 
 
-def _stream_hash(plan: SearchPlan, key_max: float) -> bytes:
+def _stream_hash(plan: SearchPlan, body: memoryview, key_max: float) -> bytes:
     """Names what is asked: a stored point that got another vector is another query."""
-    asked = [plan.schema.id, plan.filter_wire, plan.queries.tobytes(), key_max]
+    asked = [plan.schema.id, plan.filter_wire, bytes(body), key_max]
     return xxhash.xxh3_64_digest(msgpack.packb(asked))

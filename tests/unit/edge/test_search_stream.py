@@ -57,13 +57,13 @@ def test_a_stream_works_on_a_window_of_searches_and_cancels_them_when_it_ends() 
     class Counting(Scripted):
         working = most = 0
 
-        async def search(self, request: Any, *, timeout_s: float) -> Any:
+        async def begin(self, *arguments: Any, **options: Any) -> Any:
             self.working += 1
             self.most = max(self.most, self.working)
             if self.working == STREAM_WINDOW:
                 full.set()
             try:
-                await super().search(request, timeout_s=timeout_s)
+                await super().begin(*arguments, **options)
             finally:
                 self.working -= 1
                 if not self.working:

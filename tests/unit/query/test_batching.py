@@ -8,16 +8,33 @@ import numpy as np
 import pytest
 
 from shoal_cluster.domain.errors import InvalidRequest, Unavailable
-from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ServerId, ShardNumber
+from shoal_cluster.domain.ids import Epoch, Seq, ServerId, ShardNumber
+from shoal_cluster.domain.schema import AttributeType
 from shoal_cluster.domain.session import Consistency, Position
-from shoal_cluster.domain.topology import Topology
-from shoal_cluster.query.batching import BATCH_QUERIES_MAX, IN_FLIGHT_MAX, SearchBatches
+from shoal_cluster.domain.topology import CollectionPlace, Topology
+from shoal_cluster.filtering.expression import Comparison, Operator
+from shoal_cluster.query.batching import (
+    BATCH_QUERIES_MAX,
+    IN_FLIGHT_MAX,
+    SearchBatches,
+    Waiting,
+)
 from shoal_cluster.query.merge import hits_of
-from shoal_cluster.query.replica_reads import ShardAnswer, ShardRead
+from shoal_cluster.query.plan import Freshness, SearchRequest
+from shoal_cluster.query.prepared import prepare_search
+from shoal_cluster.query.replica_reads import ShardAnswer
 from shoal_cluster.shard.calls import AsOf, ReadLevel, SearchCall, SearchReply
+from tests.unit.query.fake_cluster import a_schema
 
 DIMENSION, K = 2, 3
-TOPOLOGY = Topology(version=1, cluster_uuid=bytes(16))
+SCHEMA = replace(
+    a_schema(shards=2, dimension=DIMENSION), attributes={"color": AttributeType.KEYWORD}
+)
+TOPOLOGY = Topology(
+    version=1,
+    cluster_uuid=bytes(16),
+    collections={"docs": CollectionPlace(schema=SCHEMA, shards=())},
+)
 
 
 def position(seq: int) -> Position:
@@ -68,31 +85,59 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
-def ask(batches: SearchBatches, *values: float, **changes: Any) -> "asyncio.Task[Any]":
+class Asking:
+    """A search of one shard that ends with its answer."""
+
+    topology = TOPOLOGY
+    deadline_s = 10.0
+
+    def __init__(self, batches: SearchBatches) -> None:
+        self._batches = batches
+        self.future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+
+    @property
+    def done(self) -> bool:
+        return self.future.done()
+
+    def answered(self, number: int, answer: Any) -> None:
+        assert number == 0
+        self.future.set_result(answer)
+
+    def failed(self, error: BaseException) -> None:
+        self.future.set_exception(error)
+
+    def give_up(self) -> None:
+        self.future.cancel()
+        self._batches.abandon()
+
+
+def ask(batches: SearchBatches, *values: float, **changes: Any) -> "asyncio.Future[Any]":
+    return asking(batches, *values, **changes).future
+
+
+def asking(batches: SearchBatches, *values: float, **changes: Any) -> Asking:
     level = ReadLevel(
         consistency=changes.pop("consistency", Consistency.SESSION),
         at_least=position(changes.pop("at_least", 0)),
     )
-    call = replace(
-        SearchCall(collection=CollectionId("c" * 32), shard=ShardNumber(0), k=K, level=level),
-        **changes,
-    )
-    queries = np.array([[value, 0] for value in values], np.float32)
-    read: Any = ShardRead(
+    changes.setdefault("shard", ShardNumber(0))
+    request = SearchRequest(
         collection="docs",
-        collection_id=call.collection,
-        shard=call.shard,
-        method=SearchCall.METHOD,
-        header=call.to_wire(),
-        body=queries.data.cast("B"),
-        parse=lambda header, body: (header, body),
-        consistency=level.consistency,
-        kind="search",
+        k=changes.pop("k", K),
+        freshness=Freshness(
+            consistency=level.consistency, token={changes["shard"]: level.at_least}
+        ),
+        **{name: value for name, value in changes.items() if name != "shard"},
     )
-    return asyncio.ensure_future(batches.read(read, call, len(values), TOPOLOGY, deadline_s=10.0))
+    prepared = prepare_search(request, TOPOLOGY)
+    read = prepared.reads[changes["shard"]]
+    queries = np.array([[value, 0] for value in values], np.float32)
+    asker = Asking(batches)
+    batches.ask(Waiting(asker, 0, read, queries.data.cast("B"), len(values)))
+    return asker
 
 
-def ids(task: "asyncio.Task[Any]") -> list[str]:
+def ids(task: "asyncio.Future[Any]") -> list[str]:
     return [point.decode() for point in task.result().reply[1].ids]
 
 
@@ -135,7 +180,7 @@ def test_a_busy_shard_is_asked_for_all_that_wait_at_once() -> None:
     "other",
     [
         {"k": K + 1},
-        {"filter": ["=", "color", "red"]},
+        {"filter": Comparison("color", Operator.EQ, "red")},
         {"exact": True},
         {"recall_target": 0.5},
         {"with_payload": True},
@@ -230,9 +275,9 @@ def test_a_search_that_was_given_up_is_not_sent() -> None:
         for number in range(IN_FLIGHT_MAX):
             ask(batches, float(number))
         await turns()
-        given_up, wanted = ask(batches, 2), ask(batches, 3)
+        given_up, wanted = asking(batches, 2), ask(batches, 3)
         await turns()
-        given_up.cancel()
+        given_up.give_up()
         await turns()
         await reads.answer(0)
         assert reads.asked[-1][1] == [3]
@@ -240,5 +285,30 @@ def test_a_search_that_was_given_up_is_not_sent() -> None:
         await reads.answer(1)
         assert ids(wanted) == expected(3)
         assert not batches._lines
+
+    asyncio.run(scenario())
+
+
+def test_a_call_that_nobody_waits_for_any_more_is_ended() -> None:
+    async def scenario() -> None:
+        reads = HeldReads()
+        batches = SearchBatches(reads)  # type: ignore[arg-type]
+        alone = asking(batches, 0)
+        others = [ask(batches, 1)]
+        await turns()
+        late = [asking(batches, 2), asking(batches, 3)]
+        alone.give_up()
+        await turns()
+        assert reads.held[0].cancelled()
+        assert reads.asked[-1][1] == [2, 3], "and its place is free"
+        late[0].give_up()
+        await turns()
+        assert not reads.held[2].cancelled(), "one of the two still waits"
+        late[1].give_up()
+        await turns()
+        assert reads.held[2].cancelled()
+        await reads.answer(1)
+        assert ids(others[0]) == expected(1)
+        assert not batches._lines and not batches._running
 
     asyncio.run(scenario())
