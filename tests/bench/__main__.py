@@ -128,7 +128,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
                 load = writes.load(client, COLLECTION, corpus, progress)
                 progress("waiting until everything is indexed and compacted")
                 load |= writes.settle(client, cluster, COLLECTION, rows=size.rows)
-            schema = uvloop.run(_schema(cluster.bucket))
+            schema = uvloop.run(schema_of(cluster.bucket, COLLECTION))
             secret = bytes.fromhex(SystemIdGenerator().hex(32))
             with shard_process(
                 bucket=cluster.bucket,
@@ -212,12 +212,12 @@ def _prepare_raw(corpus: BenchCorpus, directory: Path) -> Effort:
     return setting.effort
 
 
-async def _schema(bucket: str) -> CollectionSchema:
+async def schema_of(bucket: str, collection: str) -> CollectionSchema:
     """Returns the collection's schema with the id that the bucket knows it by."""
     store = open_store(bucket)
     try:
         record = (await CatalogLog(store, SystemClock(), SystemIdGenerator()).read()).by_name(
-            COLLECTION
+            collection
         )
         assert record is not None, "it was created"
         return record.schema
@@ -259,6 +259,7 @@ def _measure_searches(
         "p50_minus_raw_ms_1_client_grpc": round(p50_ms["grpc"] - p50_ms["raw"], 3),
         "e2e_over_raw_8_clients_100k": round(rate_of_many["sdk"] / rate["raw_cores"], 3),
         "grpc_over_raw_8_clients": round(rate_of_many["grpc"] / rate["raw_cores"], 3),
+        "grpc_stream_over_raw_8_clients": round(rate_of_many["grpc_stream"] / rate["raw_cores"], 3),
         "e2e_over_raw_batch64": round(rate["sdk_batch"] / rate["raw_batch"], 3),
         "processor_ms_per_query": processor_ms,
         "grpc_processor_ms_per_query": grpc_processor_ms,

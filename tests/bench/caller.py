@@ -26,6 +26,7 @@ from tests.bench.paths import (
     SdkSearch,
     SegmentsSearch,
     Setup,
+    StreamSearch,
     rows_of,
 )
 from tests.bench.stages import StagedSearch
@@ -139,6 +140,7 @@ _OPEN: dict[str, Any] = {
     "raw_batch": RawThreads,
     "sdk": SdkSearch,
     "grpc": lambda setup: SdkSearch(setup, transport="grpc"),
+    "grpc_stream": StreamSearch,
     "sdk_payload": lambda setup: SdkSearch(setup, with_payload=True),
     "sdk_batch": SdkSearch,
     "stages": StagedSearch,

@@ -73,7 +73,10 @@ class BenchCorpus:
 
     def truth_where(self, column: str, value: str) -> Truth:
         """Returns the exact answers among the rows with this value."""
-        passes = self.columns[column].matches(value)
+        return self.truth_among(self.columns[column].matches(value))
+
+    def truth_among(self, passes: npt.NDArray[np.bool_]) -> Truth:
+        """Returns the exact answers among the rows that pass, (rows,); at least K must."""
         return Truth(kth=_kth_similarity(self.vectors, self.queries, passes), passes=passes)
 
     def recall(

@@ -4,6 +4,7 @@
     raw segments  the same kernels over the segments that the shard happens to have
     link          a shard server without Ray, called over a link
     grpc          SDK, gRPC, coordinator, link, shard server: what other languages get
+    grpc_stream   no SDK: SearchStream, as clients in other languages use it
     sdk           the same over a fast lane instead of gRPC: what users of the SDK get
     …_batch       64 queries in one call; raw on as many threads as there are cores
 
@@ -14,6 +15,7 @@ import asyncio
 import functools
 import json
 import os
+import queue
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 import uvloop
@@ -45,6 +48,8 @@ from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.shard.calls import ReadLevel, SearchCall, SearchReply
 from shoal_cluster.shard.compute import InlineCompute
 from shoal_cluster.shard.segment_files import SegmentFiles
+from shoal_protos.v1 import search_pb2, types_pb2
+from shoal_protos.v1.search_pb2_grpc import SearchStub
 from tests.bench.corpus import RECALL_TARGET, Floats, K, row_of
 
 VECTORS: Final = "vectors.npy"
@@ -228,6 +233,37 @@ class SdkSearch:
 
     def close(self) -> None:
         self._client.close()
+
+
+class StreamSearch:
+    """Generated code alone: one search after the other on one long-lived gRPC stream."""
+
+    def __init__(self, setup: Setup) -> None:
+        self._channel = grpc.insecure_channel(setup.grpc_address)
+        self._collection = setup.collection
+        self._requests: queue.SimpleQueue[search_pb2.SearchStreamRequest | None] = (
+            queue.SimpleQueue()
+        )
+        self._answers = SearchStub(self._channel).SearchStream(iter(self._requests.get, None))
+        self._tag = 0
+
+    def ask(self, query: Floats) -> list[str]:
+        self._tag += 1
+        search = search_pb2.SearchRequest(
+            collection=self._collection,
+            vectors=query.tobytes(),
+            dimension=query.shape[1],
+            k=K,
+            consistency=types_pb2.CONSISTENCY_SESSION,
+        )
+        self._requests.put(search_pb2.SearchStreamRequest(tag=self._tag, search=search))
+        answer = next(self._answers)
+        assert answer.tag == self._tag and not answer.HasField("error"), answer
+        return list(answer.found.results[0].rows.ids)
+
+    def close(self) -> None:
+        self._requests.put(None)
+        self._channel.close()
 
 
 def rows_of(answer: Any) -> list[int]:

@@ -13,6 +13,7 @@ _PATH_NAMES: Final = {
     "link": "through a link",
     "sdk": "SDK as installed (lane)",
     "grpc": "through gRPC and SDK",
+    "grpc_stream": "gRPC stream, no SDK",
     "sdk_payload": "SDK with payloads",
     "raw_cores": "raw FAISS, a thread a core",
     "raw_batch": "raw FAISS, batches of 64",
@@ -45,6 +46,7 @@ def render(bench: Mapping[str, Any]) -> str:
         f"{bench['p50_minus_raw_ms_1_client']:.2f} ms",
         f"queries/s over raw FAISS on all cores: SDK, {bench['size']['clients']} clients "
         f"{bench['e2e_over_raw_8_clients_100k']:.2f}, gRPC {bench['grpc_over_raw_8_clients']:.2f}, "
+        f"a stream of gRPC {bench['grpc_stream_over_raw_8_clients']:.2f}, "
         f"batches of 64 over raw batches {bench['e2e_over_raw_batch64']:.2f}",
         "",
         f"stages of a query, ms (typical of {bench['stages_queries']} with explain)",

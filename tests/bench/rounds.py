@@ -21,12 +21,13 @@ PATHS: Final = (
     "link",
     "sdk",
     "grpc",
+    "grpc_stream",
     "sdk_payload",
     "raw_cores",
     "raw_batch",
     "sdk_batch",
 )
-PATHS_OF_MANY: Final = ("raw", "link", "sdk", "grpc")
+PATHS_OF_MANY: Final = ("raw", "link", "sdk", "grpc", "grpc_stream")
 WARM_UP_S: Final = 0.3
 
 
@@ -76,14 +77,14 @@ def measure_paths(
     clients = len(callers)
     paths = PATHS if clients == 1 else PATHS_OF_MANY
     for path in paths:
-        _ask_all(callers, {"path": path, "seconds": WARM_UP_S})
+        ask_all(callers, {"path": path, "seconds": WARM_UP_S})
     collected = {path: _Rounds() for path in paths}
     gap_s = 0.0
     for number in range(rounds):
         progress(f"{clients} client{'s' * (clients > 1)}: round {number + 1} of {rounds}")
         for path in paths:
             pace = {"gap_s": gap_s} if path == "raw_paced" else {}
-            collected[path].add(_ask_all(callers, {"path": path, "seconds": seconds, **pace}))
+            collected[path].add(ask_all(callers, {"path": path, "seconds": seconds, **pace}))
         # As long as a client of the SDK leaves the index idle between two searches.
         gap_s = max(0.0, _median(collected["sdk"].p50_us) - _median(collected["raw"].p50_us)) / 1e6
     raw = collected["raw"]
@@ -147,7 +148,7 @@ def as_dicts(figures: Sequence[PathFigures]) -> list[dict[str, Any]]:
     return [asdict(each) for each in figures]
 
 
-def _ask_all(callers: Sequence[CallerProcess], order: dict[str, Any]) -> list[dict[str, Any]]:
+def ask_all(callers: Sequence[CallerProcess], order: dict[str, Any]) -> list[dict[str, Any]]:
     for caller in callers:
         caller.send(order)
     return [caller.receive() for caller in callers]

@@ -26,7 +26,7 @@ from shoal_cluster.bootstrap import RunningCluster
 from shoal_cluster.bucket.open import open_store
 from shoal_cluster.cli.demo.corpus import load_corpus
 from shoal_cluster.domain.clock import SystemClock
-from shoal_cluster.domain.ids import CollectionId
+from shoal_cluster.domain.ids import CollectionId, ShardNumber
 from shoal_cluster.domain.keys import ShardKeys, number_of
 from shoal_cluster.domain.limits import SETTLE_OPERATIONS
 from shoal_cluster.manifest.commit import Manifests
@@ -113,44 +113,54 @@ def _every_tenth(rows: int, progress: Callable[[str], None]) -> Callable[[int, i
 def settle(
     client: shoal.Client, cluster: RunningCluster, name: str, *, rows: int
 ) -> dict[str, Any]:
-    """Waits until the shard is sealed and compacted as far as it goes; returns how it stands.
+    """Waits until every shard is sealed and compacted as far as it goes; returns how they stand.
 
     rows: those that were loaded; a status that does not know all of them yet is too old.
 
-    Asks the shard's own planners about the manifest in the bucket: waiting for nothing to change
+    Asks the shards' own planners about the manifests in the bucket: waiting for nothing to change
     would end too early whenever a build is slow to start. indexed_seconds: until every row but a
     few was in some segment.
     """
     started_s = time.perf_counter()
     indexed_s = 0.0
-    description = client.describe_collection(name)
-    keys = ShardKeys(CollectionId(description.schema.id), SHARD)
+    schema = client.describe_collection(name).schema
+    keys = [ShardKeys(CollectionId(schema.id), ShardNumber(n)) for n in range(schema.shards)]
 
     def settled() -> dict[str, Any] | None:
         nonlocal indexed_s
-        (shard,) = client.status(name).collections[0].shards
-        manifest = asyncio.run(_newest_manifest(cluster.bucket, keys))
+        shards = sorted(client.status(name).collections[0].shards, key=lambda shard: shard.shard)
+        found = [asyncio.run(_newest_manifest(cluster.bucket, each)) for each in keys]
+        manifests = [manifest for manifest in found if manifest is not None]
+        pairs = list(zip(shards, manifests, strict=False))
         # Up to here, rows wait for more to be sealed with.
-        if manifest is None or shard.seq - manifest.floor_seq >= SETTLE_OPERATIONS:
+        if len(manifests) < len(keys) or any(
+            shard.seq - manifest.floor_seq >= SETTLE_OPERATIONS for shard, manifest in pairs
+        ):
             return None
-        if shard.rows_live != rows:
+        if sum(shard.rows_live for shard in shards) != rows:
             return None
         indexed_s = indexed_s or time.perf_counter() - started_s
-        dimension = description.schema.dimension
-        if any(plan(manifest.segments, dimension) for plan in (plan_compaction, plan_settling)):
+        if any(
+            plan(manifest.segments, schema.dimension)
+            for manifest in manifests
+            for plan in (plan_compaction, plan_settling)
+        ):
             return None
-        if (shard.manifest_version, shard.segments) != (manifest.version, len(manifest.segments)):
+        if any(
+            (shard.manifest_version, shard.segments) != (manifest.version, len(manifest.segments))
+            for shard, manifest in pairs
+        ):
             return None
         return {
             "indexed_seconds": round(indexed_s, 2),
             "settled_seconds": round(time.perf_counter() - started_s, 2),
-            "segments": shard.segments,
-            "memtable_rows": shard.memtable_rows,
-            "rows_live": shard.rows_live,
+            "segments": sum(shard.segments for shard in shards),
+            "memtable_rows": sum(shard.memtable_rows for shard in shards),
+            "rows_live": sum(shard.rows_live for shard in shards),
         }
 
     timeout_s = SETTLE_S * (1 + rows / 1_000_000)
-    return wait_until(settled, timeout_s=timeout_s, what="the shard is sealed and compacted")
+    return wait_until(settled, timeout_s=timeout_s, what="the shards are sealed and compacted")
 
 
 async def _newest_manifest(bucket: str, keys: ShardKeys) -> Manifest | None:
