@@ -27,6 +27,7 @@ from shoal.rpc import (
     error_of_lost_call,
     make_stubs,
     parsed,
+    serialised,
 )
 from shoal.streams import RangeStream
 from shoal_protos.v1 import lanes_pb2, points_pb2
@@ -260,7 +261,7 @@ class _Route:
             began_s = time.monotonic()
             reply = await self.lanes.call(
                 call.method.value,
-                call.request.SerializeToString(),
+                serialised(call.request),
                 timeout_s,
                 is_write=call.is_write,
             )

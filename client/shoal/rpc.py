@@ -138,7 +138,7 @@ def make_stubs(channel: Any) -> Stubs:
     unary = {
         method: channel.unary_unary(
             method.value,
-            request_serializer=_serialised,
+            request_serializer=serialised,
             response_deserializer=response.FromString,
         )
         for method, response in RESPONSES.items()
@@ -152,8 +152,8 @@ def make_stubs(channel: Any) -> Stubs:
     )
 
 
-def _serialised(message: Message) -> bytes:
-    return message.SerializeToString()
+def serialised(request: Message | bytes) -> bytes:
+    return request if isinstance(request, bytes) else request.SerializeToString()
 
 
 class Addresses:
