@@ -73,6 +73,21 @@ class CrashPlan:
         self.struck = False
         self._left = occurrence
 
+    @staticmethod
+    def parse(text: str) -> "CrashPlan":
+        """Reads what `show` wrote."""
+        side, occurrence, sites = text.split("@")
+        chain = []
+        for site in sites.split("|"):
+            file, function, line = site.split(":")
+            chain.append((file, function, int(line)))
+        return CrashPlan(tuple(chain), int(occurrence), after=side == "after")
+
+    def show(self) -> str:
+        """Returns the plan, before it struck, as one word of a command line."""
+        sites = "|".join(f"{file}:{function}:{line}" for file, function, line in self.chain)
+        return f"{'after' if self.after else 'before'}@{self._left}@{sites}"
+
     def strikes(self, chain: tuple[Site, ...], *, after: bool) -> bool:
         if self.struck or chain != self.chain or after != self.after:
             return False

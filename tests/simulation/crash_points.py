@@ -169,7 +169,9 @@ class Sweep:
     def crash_at(self, point: CrashPoint) -> tuple[Outcome, str]:
         seed, chain, calls = self._rng.choice(self.where[point.place])
         occurrence = self._rng.randrange(calls)
-        outcome = simulate(seed, crash=CrashPlan(chain, occurrence, after=point.after))
+        plan = CrashPlan(chain, occurrence, after=point.after)
+        how = f"crash {point}: --replay {seed} --crash '{plan.show()}'"
+        outcome = simulate(seed, crash=plan)
         for struck, after in outcome.hit:
             self.hit |= {CrashPoint(place, after) for place in places_on(struck, self.known)}
-        return outcome, f"seed {seed}, crash {point}, call {occurrence} of {calls}"
+        return outcome, how

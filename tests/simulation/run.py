@@ -5,6 +5,7 @@
     --seeds A..B     only the seeds A to B - 1
     --replay SEED    one seed, twice: prints its event log and whether both runs were equal
     --mutant NAME    with --replay or --seeds: with that breakage applied
+    --crash PLAN     with --replay: and killed where PLAN says; a failed crash prints it
     --power-cuts     with --replay or --seeds: power cuts of a local directory (power_cuts.py)
 
 Prints a table and writes the same figures to build/simulate.json. Ends with status 1 when a
@@ -12,6 +13,7 @@ violation was found, a crash point missed, or a mutant survived.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import sys
@@ -24,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.simulation.bucket import CrashPlan
 from tests.simulation.crash_points import Sweep
 from tests.simulation.mutants import MUTANTS, Verdict, hunt
 from tests.simulation.mutants.registry import Trial
@@ -182,13 +185,17 @@ def report(total: Tally, verdicts: Sequence[Verdict], seconds: float) -> int:
     print(f"{'mutants killed':28} {len(killed):>6}/{len(verdicts)}")
     print(f"{'violations':28} {len(total.failures):>12,}")
     for failure in total.failures[:FAILURES_SHOWN]:
-        print(f"  {failure[:220]}")
+        print(f"  {failure[:2000]}")
     for point in missed:
         print(f"  crash point missed: {point}")
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"written to {REPORT}")
     return 1 if total.failures or missed or len(killed) < len(verdicts) else 0
+
+
+def simulate_crash(seed: int, plan: str) -> Outcome:
+    return simulate(seed, crash=CrashPlan.parse(plan))
 
 
 def replay(seed: int, mutant: str | None, trial: Trial) -> int:
@@ -218,11 +225,14 @@ def main() -> int:
     parser.add_argument("--seeds", metavar="A..B")
     parser.add_argument("--replay", type=int, metavar="SEED")
     parser.add_argument("--mutant", choices=sorted(MUTANTS))
+    parser.add_argument("--crash", metavar="PLAN")
     parser.add_argument("--power-cuts", action="store_true")
     options = parser.parse_args()
     trial: Trial = cut_power if options.power_cuts else simulate
     if options.mutant:
         trial = MUTANTS[options.mutant].trial
+    if options.crash:
+        trial = functools.partial(simulate_crash, plan=options.crash)
     if options.replay is not None:
         return replay(options.replay, options.mutant, trial)
     if options.seeds is None:

@@ -4,6 +4,7 @@ import ast
 
 import pytest
 
+from tests.simulation.bucket import CrashPlan
 from tests.simulation.crash_points import Place, Sweep, _places_of, places
 from tests.simulation.scenario import simulate
 
@@ -61,3 +62,16 @@ def test_sweep_crashes_at_the_points_a_run_came_to() -> None:
         outcome, how = step
         assert not outcome.violations, (how, outcome.violations)
     assert len(sweep.missing()) < before
+
+
+@pytest.mark.slow
+def test_a_crash_is_seen_again_by_what_is_printed() -> None:
+    sweep = Sweep(0)
+    sweep.learn(simulate(1, work_s=5.0))
+    step = sweep.step()
+    assert step is not None
+    outcome, how = step
+    plan = how.partition("--crash '")[2].removesuffix("'")
+    assert CrashPlan.parse(plan).show() == plan
+    again = simulate(1, crash=CrashPlan.parse(plan))
+    assert (again.digest, again.hit) == (outcome.digest, outcome.hit)
