@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.calls import SEARCH_TEMPLATES_MAX, Calls
+from shoal.calls import Calls
 from shoal.errors import InvalidRequest
 from shoal.filters import F
+from shoal.search_templates import SEARCH_TEMPLATES_MAX
 from shoal_protos.v1 import search_pb2, types_pb2
 
 VECTOR = np.arange(1, 5, dtype=np.float32)
