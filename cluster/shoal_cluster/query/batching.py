@@ -9,8 +9,9 @@ A batch asks for the newest position that any of its searches needs, which satis
 """
 
 import asyncio
+import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
@@ -102,10 +103,15 @@ class SearchBatches:
 
     async def _run(self, key: bytes | None, batch: Sequence[Waiting]) -> None:
         try:
-            await self._ask(batch)
+            deliver = await self._ask(batch)
+        except asyncio.CancelledError as cancelled:
+            _fail(batch, cancelled)
+            raise
         finally:
             if key is not None:
                 self._left(key)
+        # After the next call was sent: the shard need not wait until an answer is cut up.
+        asyncio.get_running_loop().call_soon(deliver)
 
     def _left(self, key: bytes) -> None:
         """One call of the line was answered: whoever waits goes together."""
@@ -118,7 +124,8 @@ class SearchBatches:
         if not line.in_flight:
             del self._lines[key]
 
-    async def _ask(self, batch: Sequence[Waiting]) -> None:
+    async def _ask(self, batch: Sequence[Waiting]) -> Callable[[], None]:
+        """Returns what tells the askers."""
         asker, _, read, body, _ = batch[0]
         at_least, deadline_s = read.level.at_least, asker.deadline_s
         if len(batch) > 1:
@@ -130,18 +137,18 @@ class SearchBatches:
                 read.read(at_least, body), asker.topology, deadline_s=deadline_s
             )
         except Exception as error:  # noqa: BLE001  it belongs to whoever awaits the searches
-            if isinstance(error, InvalidRequest) and len(batch) > 1:
-                # Together they may ask for more than a reply holds, and each alone not.
-                await asyncio.gather(*(self._ask([waiting]) for waiting in batch))
-                return
-            for waiting in batch:
-                waiting.asker.failed(error)
-        except asyncio.CancelledError as error:
-            for waiting in batch:
-                waiting.asker.failed(error)
-            raise
+            if not isinstance(error, InvalidRequest) or len(batch) == 1:
+                return functools.partial(_fail, batch, error)
         else:
-            _hand_out(answer, batch)
+            return functools.partial(_hand_out, batch, answer)
+        # Together they may ask for more than a reply holds, and each alone not.
+        parts = await asyncio.gather(*(self._ask([waiting]) for waiting in batch))
+
+        def deliver() -> None:
+            for part in parts:
+                part()
+
+        return deliver
 
 
 def _next_batch(waiting: deque[Waiting]) -> list[Waiting]:
@@ -156,7 +163,12 @@ def _next_batch(waiting: deque[Waiting]) -> list[Waiting]:
     return batch
 
 
-def _hand_out(answer: ShardAnswer[Parsed], batch: Sequence[Waiting]) -> None:
+def _fail(batch: Sequence[Waiting], error: BaseException) -> None:
+    for waiting in batch:
+        waiting.asker.failed(error)
+
+
+def _hand_out(batch: Sequence[Waiting], answer: ShardAnswer[Parsed]) -> None:
     if len(batch) == 1:
         batch[0].asker.answered(batch[0].number, answer)
         return
