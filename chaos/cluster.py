@@ -24,7 +24,12 @@ def free_port() -> int:
 
 
 def start(
-    directory: Path, *, bucket: str | None = None, servers: int = 2, port: int | None = None
+    directory: Path,
+    *,
+    bucket: str | None = None,
+    servers: int = 2,
+    coordinators: int = 1,
+    port: int | None = None,
 ) -> bootstrap.RunningCluster:
     """Starts a cluster whose bucket and state live under `directory`."""
     return bootstrap.up(
@@ -32,6 +37,7 @@ def start(
             name="test",
             bucket=bucket or str(directory / "bucket"),
             servers=servers,
+            coordinators=coordinators,
             grpc_port=port or free_port(),
             state_directory=directory / "state",
             on_step=lambda step: None,

@@ -64,6 +64,7 @@ class UpOptions:
     bucket: str
     ray_address: str | None = None
     servers: int
+    coordinators: int = 1
     grpc_host: str = "127.0.0.1"
     grpc_port: int = 7700
     state_directory: Path
@@ -126,7 +127,7 @@ def up(options: UpOptions) -> RunningCluster:
             ray_pid, ray_address = _start_ray(run_directory)
         else:
             ray_address = options.ray_address
-        options.on_step("starting controller, coordinator and shard servers")
+        options.on_step("starting controller, coordinators and shard servers")
         cluster = RunningCluster(
             name=options.name,
             cluster_uuid=cluster_uuid_text(cluster_uuid),
@@ -164,7 +165,7 @@ def down(name: str, state_directory: Path, on_step: Callable[[str], None]) -> bo
         return False
     alive = cluster.ray_pid is None or _is_ours(cluster)
     if alive:
-        on_step("stopping shard servers, coordinator and controller")
+        on_step("stopping shard servers, coordinators and controller")
         try:
             _stop_actors(cluster)
         except ShoalError as error:
@@ -300,6 +301,7 @@ def _start_actors(
         link_host=None if cluster.ray_pid is not None else "",
         secret=bytes.fromhex(SystemIdGenerator().hex(32)),
         servers=tuple(ServerId(f"server-{number}") for number in range(options.servers)),
+        coordinators=options.coordinators,
         search_threads=max(1, os.cpu_count() or 1),
         grpc_host=options.grpc_host,
         grpc_port=options.grpc_port,
@@ -323,6 +325,7 @@ def _start_actors(
 
 async def start_edge(
     address: str,
+    share_port: bool,
     lane_socket: str,
     searcher: Searcher,
     writer: Writer,
@@ -337,7 +340,9 @@ async def start_edge(
         writing=writer,
         status=control,
     )
-    return await start_server(address, services, ids=SystemIdGenerator(), lane_socket=lane_socket)
+    return await start_server(
+        address, services, ids=SystemIdGenerator(), lane_socket=lane_socket, share_port=share_port
+    )
 
 
 def _wait_for(reference: Any, timeout_s: float) -> Any:

@@ -31,6 +31,9 @@ SETTINGS_FILE_DEFAULT = "~/.config/shoal/settings.toml"
 SERVERS_MAX = 256
 """Shard servers one `up` starts; a process costs about 150 MB before it holds a row."""
 
+COORDINATORS_MAX = 64
+"""On one port: the kernel deals connections out among them, so more than cores serve nobody."""
+
 SERVERS_MIN_DEFAULT = 2
 """Two, so that a collection with 2 replicas survives a killed server on the smallest machine."""
 
@@ -80,6 +83,15 @@ class Settings(BaseSettings):
         le=SERVERS_MAX,
         description="Shard servers that `up` starts.",
         json_schema_extra={"default_text": f"number of CPUs, at least {SERVERS_MIN_DEFAULT}"},
+    )
+    coordinators: int = Field(
+        1,
+        ge=1,
+        le=COORDINATORS_MAX,
+        description=(
+            "Coordinators that `up` starts on the gRPC port; each client connection meets one. "
+            "One serves some thousands of searches a second."
+        ),
     )
     grpc_host: str = Field(
         "127.0.0.1", min_length=1, description="Interface the gRPC server listens on."

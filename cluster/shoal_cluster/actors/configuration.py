@@ -10,6 +10,11 @@ CONTROLLER = "controller"
 COORDINATOR = "coordinator"
 
 
+def coordinator_names(count: int) -> list[str]:
+    """Returns the names of a cluster's coordinators."""
+    return [COORDINATOR] + [f"{COORDINATOR}-{number}" for number in range(2, count + 1)]
+
+
 def environment(*, niceness: int = 0) -> dict[str, Any]:
     """Returns the runtime environment of an actor's process.
 
@@ -39,6 +44,7 @@ class ClusterConfiguration:
     secret: bytes = field(repr=False)
     servers: tuple[ServerId, ...]
     search_threads: int
+    coordinators: int
     grpc_host: str
     grpc_port: int
 

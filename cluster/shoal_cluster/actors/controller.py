@@ -18,9 +18,9 @@ from ray.actor import ActorHandle
 from shoal_cluster.actors.calls import bounded
 from shoal_cluster.actors.configuration import (
     CONTROLLER,
-    COORDINATOR,
     NAMESPACE,
     ClusterConfiguration,
+    coordinator_names,
     environment,
 )
 from shoal_cluster.actors.coordinator import Coordinator, CoordinatorReport, StartEdge
@@ -166,6 +166,27 @@ class CoordinatorAudience:
     """The Audience port: coordinators get every topology, and again when they come back."""
 
     def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
+        self.coordinators = [
+            CoordinatorKeeper(configuration, name, start_edge)
+            for name in coordinator_names(configuration.coordinators)
+        ]
+
+    def publish(self, topology: Topology) -> None:
+        for coordinator in self.coordinators:
+            coordinator.publish(topology)
+
+    async def run(self) -> None:
+        """Keeps the coordinators alive and informed until cancelled."""
+        await asyncio.gather(*(coordinator.run() for coordinator in self.coordinators))
+
+
+class CoordinatorKeeper:
+    """Keeps one coordinator alive and informed."""
+
+    def __init__(
+        self, configuration: ClusterConfiguration, name: str, start_edge: StartEdge
+    ) -> None:
+        self.name = name
         self._configuration = configuration
         self._start_edge = start_edge
         self._topology: Topology | None = None
@@ -181,7 +202,7 @@ class CoordinatorAudience:
         self._changed.set()
 
     async def run(self) -> None:
-        """Keeps the coordinator alive and informed until cancelled."""
+        """Goes on until cancelled."""
         while True:
             # Before the round: a topology that comes while another is being sent must not wait.
             self._changed.clear()
@@ -190,10 +211,10 @@ class CoordinatorAudience:
             except NotFound:
                 self._handle = None
             except Unavailable as error:
-                _log.info("coordinator_not_ready", reason=error.message)
+                _log.info("coordinator_not_ready", name=self.name, reason=error.message)
             except ShoalError as error:
                 self.failure = error
-                _log.warning("coordinator_unreachable", reason=error.message)
+                _log.warning("coordinator_unreachable", name=self.name, reason=error.message)
             with contextlib.suppress(TimeoutError):
                 # Not wait_for: Python 3.11's loses a cancellation that meets the event.
                 async with asyncio.timeout(DESCRIBE_ROUND_S):
@@ -201,12 +222,12 @@ class CoordinatorAudience:
 
     async def _round(self) -> None:
         handle = self._coordinator()
-        self.report = await bounded(handle.describe.remote(), DESCRIBE_TIMEOUT_S, COORDINATOR)
+        self.report = await bounded(handle.describe.remote(), DESCRIBE_TIMEOUT_S, self.name)
         incarnation = self.report.incarnation
         topology = self._topology
         if topology is not None and self._sent != (incarnation, topology.version):
             await bounded(
-                handle.post_topology.remote(topology.to_wire()), DESCRIBE_TIMEOUT_S, COORDINATOR
+                handle.post_topology.remote(topology.to_wire()), DESCRIBE_TIMEOUT_S, self.name
             )
             self._sent = (incarnation, topology.version)
         self.failure = None
@@ -216,14 +237,14 @@ class CoordinatorAudience:
         if self._handle is None:
             configuration = self._configuration
             self._handle = Coordinator.options(  # type: ignore[attr-defined]
-                name=configuration.actor_name(COORDINATOR),
+                name=configuration.actor_name(self.name),
                 namespace=NAMESPACE,
                 get_if_exists=True,
                 num_cpus=0,
                 max_concurrency=1000,
                 runtime_env=environment(),
                 **_RESTART,
-            ).remote(configuration, self._start_edge)
+            ).remote(configuration, self.name, self._start_edge)
         return self._handle
 
 
@@ -275,17 +296,19 @@ class Controller:
             os._exit(1)
 
     async def ready(self) -> str:
-        """Returns the gRPC address once a coordinator serves and every server reported.
+        """Returns the gRPC address once every coordinator serves and every server reported.
 
-        Raises: what keeps the coordinator from starting, such as a port in use.
+        Raises: what keeps a coordinator from starting, such as a port in use.
         """
-        while not self._audience.ready.is_set():
-            if self._audience.failure is not None:
-                raise self._audience.failure
+        coordinators = self._audience.coordinators
+        while not all(coordinator.ready.is_set() for coordinator in coordinators):
+            for coordinator in coordinators:
+                if coordinator.failure is not None:
+                    raise coordinator.failure
             await asyncio.sleep(0.05)
         while len(self._loop.reports) < len(self._configuration.servers):
             await asyncio.sleep(0.05)
-        return self._audience.report.address
+        return coordinators[0].report.address
 
     async def create_collection(
         self, schema: CollectionSchema, request: RequestName
@@ -307,7 +330,7 @@ class Controller:
             controller_pid=os.getpid(),
             controller_memory_bytes=psutil.Process().memory_info().rss,
             controller_started_ms=self._started_ms,
-            coordinator=self._audience.report,
+            coordinators={each.name: each.report for each in self._audience.coordinators},
             now_ms=self._clock.wall_ms(),
         )
 

@@ -14,7 +14,6 @@ from ray.exceptions import ActorDiedError
 from shoal_cluster.actors.calls import bounded
 from shoal_cluster.actors.configuration import (
     CONTROLLER,
-    COORDINATOR,
     NAMESPACE,
     ClusterConfiguration,
 )
@@ -167,12 +166,14 @@ class RunningEdge(Protocol):
 class StartEdge(Protocol):
     """Starts the gRPC server at `host:port`, and fast lanes at a free port and a Unix socket.
 
-    bootstrap.py passes it: only edge/ knows gRPC. lane_socket: "" for no Unix socket.
+    bootstrap.py passes it: only edge/ knows gRPC. share_port: with other coordinators.
+    lane_socket: "" for no Unix socket.
     """
 
     async def __call__(
         self,
         address: str,
+        share_port: bool,
         lane_socket: str,
         searcher: Searcher,
         writer: Writer,
@@ -186,15 +187,17 @@ class StartEdge(Protocol):
 class Coordinator:
     """See actors/README.md for the life of an actor."""
 
-    def __init__(self, configuration: ClusterConfiguration, start_edge: StartEdge) -> None:
-        configure_logging(cluster=configuration.cluster, actor=COORDINATOR)
+    def __init__(
+        self, configuration: ClusterConfiguration, name: str, start_edge: StartEdge
+    ) -> None:
+        configure_logging(cluster=configuration.cluster, actor=name)
         self._configuration = configuration
         self._start_edge = start_edge
         self._clock = SystemClock()
         self._incarnation = SystemIdGenerator().hex(8)
         self._started_ms = self._clock.wall_ms()
         self._board = TopologyBoard(configuration.cluster_uuid)
-        self._pool = make_pool(configuration, COORDINATOR)
+        self._pool = make_pool(configuration, name)
         self._server: asyncio.Task[RunningEdge] | None = None
 
     async def describe(self) -> CoordinatorReport:
@@ -234,6 +237,7 @@ class Coordinator:
         control = ControllerClient(self._configuration, self._board)
         server = await self._start_edge(
             f"{self._configuration.grpc_host}:{self._configuration.grpc_port}",
+            self._configuration.coordinators > 1,
             lane_socket_path(self._configuration, self._incarnation),
             searcher,
             writer,

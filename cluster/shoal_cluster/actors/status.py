@@ -1,5 +1,7 @@
 """Puts together what `status` answers from what the controller has observed."""
 
+from collections.abc import Mapping
+
 from shoal_cluster import __version__
 from shoal_cluster.actors.configuration import ClusterConfiguration
 from shoal_cluster.actors.coordinator import CoordinatorReport
@@ -31,7 +33,7 @@ def cluster_status(
     controller_pid: int,
     controller_memory_bytes: int,
     controller_started_ms: int,
-    coordinator: CoordinatorReport,
+    coordinators: Mapping[str, CoordinatorReport],
     now_ms: int,
 ) -> ClusterStatus:
     """Returns the cluster as last observed."""
@@ -48,16 +50,19 @@ def cluster_status(
             memory_bytes=controller_memory_bytes,
             uptime_ms=now_ms - controller_started_ms,
         ),
+    ]
+    actors += [
         ActorStatus(
-            id="coordinator",
+            id=name,
             kind="coordinator",
             pid=coordinator.pid,
             node=home,
-            state="ready",
+            state="ready" if coordinator.pid else "suspect",
             memory_bytes=coordinator.memory_bytes,
             address=coordinator.address,
-            uptime_ms=now_ms - coordinator.started_ms,
-        ),
+            uptime_ms=now_ms - coordinator.started_ms if coordinator.pid else 0,
+        )
+        for name, coordinator in coordinators.items()
     ]
     for server in configuration.servers:
         report = reports.get(server)
@@ -81,7 +86,7 @@ def cluster_status(
     return ClusterStatus(
         version=__version__,
         cluster_uuid=cluster_uuid_text(configuration.cluster_uuid),
-        uptime_ms=now_ms - coordinator.started_ms,
+        uptime_ms=now_ms - min(coordinator.started_ms for coordinator in coordinators.values()),
         bucket=configuration.bucket,
         nodes=tuple(
             NodeStatus(

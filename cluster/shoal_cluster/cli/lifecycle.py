@@ -6,13 +6,16 @@ import click
 
 from shoal_cluster.bootstrap import UpOptions
 from shoal_cluster.cli.session import Session, name_option, shoal_command
-from shoal_cluster.settings import SERVERS_MAX
+from shoal_cluster.settings import COORDINATORS_MAX, SERVERS_MAX
 
 
 @click.command()
 @click.option("--bucket", metavar="DIR|URL", help="Where everything durable lives.")
 @click.option("--address", "ray_address", metavar="RAY", help="Join this Ray, start none.")
 @click.option("--servers", type=click.IntRange(1, SERVERS_MAX), help="Shard servers to start.")
+@click.option(
+    "--coordinators", type=click.IntRange(1, COORDINATORS_MAX), help="Coordinators to start."
+)
 @click.option("--host", "grpc_host", help="Interface the gRPC server listens on.")
 @click.option("--port", "grpc_port", type=click.IntRange(1, 65535), help="gRPC port.")
 @click.option("--take-over", is_flag=True, help="Also if a lost machine's cluster has the bucket.")
@@ -27,6 +30,7 @@ def up(session: Session, take_over: bool) -> None:
             bucket=settings.bucket,
             ray_address=settings.ray_address,
             servers=settings.servers,
+            coordinators=settings.coordinators,
             grpc_host=settings.grpc_host,
             grpc_port=settings.grpc_port,
             state_directory=settings.state_dir,

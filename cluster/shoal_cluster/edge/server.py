@@ -54,7 +54,6 @@ DRAIN_S = 5.0
 OPTIONS = (
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.max_send_message_length", -1),  # replies are bounded where they are made
-    ("grpc.so_reuseport", 0),  # two servers on one port would each get half of the requests
     # A connection whose peer vanished is noticed within 40 s; clients may ping as often as 10 s.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
@@ -111,17 +110,20 @@ async def start_server(
     ids: IdGenerator,
     admission: Admission | None = None,
     lane_socket: str = "",
+    share_port: bool = False,
 ) -> EdgeServer:
     """Starts the gRPC server with all services, health checks and reflection, and fast lanes.
 
     address: `host:port`; port 0 chooses a free one. lane_socket: path of a Unix socket for lanes,
-    "" for none. Health reports SERVING when this returns.
+    "" for none. share_port: with other servers that say so too; the kernel deals connections out
+    among them. Health reports SERVING when this returns.
 
     Raises: Conflict naming the address when it cannot be listened on.
     """
     host, _, _ = address.rpartition(":")
     admission = admission or Admission()
-    server = grpc.aio.server(options=OPTIONS, maximum_concurrent_rpcs=RPCS_IN_FLIGHT_MAX)
+    options = (*OPTIONS, ("grpc.so_reuseport", int(share_port)))
+    server = grpc.aio.server(options=options, maximum_concurrent_rpcs=RPCS_IN_FLIGHT_MAX)
     search = SearchService(services.searching, services.exploring, admission)
     guard = Guard(server, admission, ids, {"shoal.v1.Search/Search": search.decoder.decode})
     points = PointsService(services.writing, services.reading, services.exploring, admission)
