@@ -194,6 +194,8 @@ class GarbageCollector:
             )
         if not journaled and not await self._journal.write(deletion):
             _log.warning("deleted_without_journal", shard=self._replica.keys.shard, keys=deleted)
+        if not deleted:  # another primary, whose epoch is over, has collected these versions
+            return ()
         self.deleted += len(deleted)
         _log.info(
             "garbage_deleted",

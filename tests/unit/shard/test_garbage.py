@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from shoal_cluster.domain.ids import Slot
+from shoal_cluster.manifest.version_log import VersionLog
 from shoal_cluster.shard import garbage
 from shoal_cluster.wal.record import RecordKind
 from tests.unit.shard.nodes import KEYS, Node, Shard, delete, points_of, run, upsert
@@ -68,6 +69,29 @@ def test_garbage_goes_and_every_row_and_fence_stays(tmp_path: Path) -> None:
         assert points_of(node.replica) == expected
         await node.crash()
         assert points_of((await shard.lead()).replica) == expected
+
+    run(scenario())
+
+
+def test_versions_that_somebody_else_collects_meanwhile_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found by seed 1002: a primary that does not know yet that its epoch is over."""
+    collect = VersionLog.collect
+
+    async def late(self: VersionLog, keep_from: int, put_id: bytes) -> list[str]:
+        await collect(self, keep_from, bytes(16))  # by somebody else
+        return await collect(self, keep_from, put_id)
+
+    monkeypatch.setattr(VersionLog, "collect", late)
+
+    async def scenario() -> None:
+        _, node, _ = await _busy_shard(tmp_path)
+        assert node.primary is not None
+        collector = node.primary._sealer._garbage
+        # Nothing is ripe yet but the versions.
+        assert await collector.collect(lambda segment: False) == ()
+        assert collector.deleted == 0
 
     run(scenario())
 
