@@ -11,6 +11,7 @@
 
 import asyncio
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -307,8 +308,8 @@ class _Run:
         )
 
 
-ALARMS = {"primary_failed", "sealing_failed", "replica_failed", "handler_failed"}
-"""Events of the cluster that tell of a broken promise, unless the epoch had simply ended."""
+_BROKEN_INVARIANT = re.compile(r"\([A-Z]-\d+\)")
+"""How an error names an invariant of docs/design: whoever says so has found a bug, at any level."""
 
 _HARMLESS = (
     "has ended",
@@ -336,9 +337,10 @@ class EventTap:
             text = text.replace(str(self.world.scratch), "SCRATCH")
             self.world.note(name, text)
         reason = str(event.get("reason", ""))
-        if method in ("error", "critical", "exception") and not any(
+        alarming = method in ("error", "critical", "exception") and not any(
             harmless in reason for harmless in _HARMLESS
-        ):
+        )
+        if alarming or _BROKEN_INVARIANT.search(reason):
             self.alarms.append(f"{name}: {text}")
         raise structlog.DropEvent
 
