@@ -31,6 +31,9 @@ OUT_OF_REACH: Mapping[tuple[str, str], str] = {
     ("shard/checking.py", "*"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/segment_checking.py", "*"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/scrubbing.py", "*"): "the scrubber only reads; it is not part of the simulation yet",
+    ("shard/paced_reading.py", "*"): "as the scrubber",
+    ("shard/object_scrubbing.py", "*"): "as the scrubber",
+    ("shard/copying.py", "*"): "only after the scrubber has found something",
 }
 """Places that no simulated process comes to, and why. `*`: the whole file."""
 

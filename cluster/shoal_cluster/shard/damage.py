@@ -11,6 +11,7 @@ class Part(enum.Enum):
 
     MANIFEST, LOG, TOMBSTONES: a running primary has the contents in memory. DERIVED: a segment file
     that can be built from ROWS. ROWS: vectors, ids or payload; only a copy of the object helps.
+    COPIED: any segment file in an object store, whose cached copy here is sound.
     """
 
     MANIFEST = "manifest"
@@ -18,6 +19,7 @@ class Part(enum.Enum):
     TOMBSTONES = "tombstones"
     DERIVED = "derived"
     ROWS = "rows"
+    COPIED = "copied"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,4 +47,6 @@ class Damage:
                 "rows are lost unless the object is put back from a copy of the bucket; the "
                 "replica then opens by itself"
             )
+        if self.part is Part.COPIED:
+            return "the cached copy is sound; the shard's primary puts it again"
         return "the shard's primary replaces it"

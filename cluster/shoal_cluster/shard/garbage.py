@@ -71,8 +71,8 @@ def plan_garbage(
 ) -> Garbage:
     """Returns what may be deleted. `manifest` was read after the listings. Pure.
 
-    is_in_flight: whether a segment of our epoch is being built or committed. is_fence: asked only
-    of log objects small enough to be one.
+    is_in_flight: whether we are building a segment, or putting an object beside one's others.
+    is_fence: asked only of log objects small enough to be one.
     """
     listed = {file.key for entry in manifest.segments for file in entry.files}
     listed |= {entry.tombstones.key for entry in manifest.segments if entry.tombstones is not None}
@@ -82,7 +82,7 @@ def plan_garbage(
         made_by = epoch_of_segment(segment)
         if entry.key in listed or made_by > epoch:
             continue
-        if made_by == epoch and is_in_flight(segment):
+        if is_in_flight(segment):
             continue
         loose.append(entry.key)
     covered = sorted(

@@ -11,7 +11,13 @@ from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
 from shoal_cluster.domain.errors import Corrupt, NotFound
 from shoal_cluster.domain.ids import CollectionId, ShardNumber, Slot
-from shoal_cluster.domain.keys import CLUSTER_KEY, COLLECTIONS_PREFIX, ShardKeys, number_of
+from shoal_cluster.domain.keys import (
+    CLUSTER_KEY,
+    COLLECTIONS_PREFIX,
+    ShardKeys,
+    epoch_of_segment,
+    number_of,
+)
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.shard.deletions import Deletion, read_deletions, runs
 from shoal_cluster.shard.garbage import may_be_fences, plan_garbage, superseded
@@ -78,7 +84,7 @@ async def _survey(store: Store, keys: ShardKeys, uuid: bytes, clock: Clock) -> S
         epoch=manifest.epoch,
         segments=segments,
         wal=wal,
-        is_in_flight=lambda segment: True,
+        is_in_flight=lambda segment: epoch_of_segment(segment) == manifest.epoch,
         is_fence=lambda key: key in fences or key in unreadable,
     )
     due = Deletion(

@@ -83,6 +83,8 @@ class Replica:
         """Told when a bug has ended the follower: the replica advances no more."""
         self.suspected = False
         """Something failed a check while it was read in passing: the scrubber looks at once."""
+        self.doubted: set[SegmentId] = set()
+        """Segments whose objects the primary is to read at once (shard/object_scrubbing.py)."""
         self.advancing = asyncio.Lock()
         self._probe: asyncio.Task[None] | None = None
         self._probes: set[asyncio.Task[None]] = set()

@@ -8,13 +8,14 @@ Invariants:
 Z-1 a replica that serves from damaged bytes stops serving, whatever else becomes of it.
 Z-2 nothing is called damaged that a newer manifest has made garbage.
 Z-3 no more than SCRUB_BYTES_PER_S are read in the long run, by all passes of a server together.
+
+On an object store replicas read copies; the objects are read by object_scrubbing.py.
 """
 
+import asyncio
 import contextlib
-import functools
-import hashlib
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from typing import Any
 
 import structlog
 
@@ -25,6 +26,8 @@ from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.segment import format as layout
 from shoal_cluster.segment.salvage import ROW_FILES
 from shoal_cluster.shard.damage import Damage, Part
+from shoal_cluster.shard.object_scrubbing import ObjectScrubber
+from shoal_cluster.shard.paced_reading import READS_MAX, PacedReader, differs
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.segment_files import LocalFile
@@ -42,10 +45,7 @@ RECHECK_S = 60.0
 ROUND_S = 5.0
 """How soon a suspicion, or a salvaged segment, is looked at."""
 
-_PIECE_BYTES = 1 * MIB
 _SCRUB = "scrubbing"
-_READS_MAX = 2
-"""A transfer may be damaged where the object is not: only the second bad reading counts."""
 _SERVED_FILES = (*ROW_FILES, layout.ATTRIBUTES)
 """Mapped while a segment is open; `codes` and `meta` are copied into memory."""
 
@@ -69,15 +69,25 @@ class Scrubber:
         self._replicas = replicas
         self._treat = treat
         self._due: dict[ShardName, tuple[Replica, float]] = {}
+        self._reader = PacedReader(ports.clock, ports.background, bytes_per_s=SCRUB_BYTES_PER_S)
+        self.objects = ObjectScrubber(ports, replicas, self._reader)
         self.passes = 0
-        self.read_bytes = 0
+
+    @property
+    def read_bytes(self) -> int:
+        return self._reader.read_bytes
 
     async def run(self) -> None:
         """Scrubs until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._repeat(self.visit_due))
+            group.create_task(self._repeat(self.objects.visit_due))
+
+    async def _repeat(self, visit_due: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
             await self._ports.clock.sleep(ROUND_S)
             try:
-                await self.visit_due()
+                await visit_due()
             except Exception as error:  # noqa: BLE001  a bug must not end it without a word
                 _log.error("scrubbing_met_a_bug", exc_info=error)
 
@@ -86,10 +96,10 @@ class Scrubber:
         replicas = self._replicas()
         self._due = {name: due for name, due in self._due.items() if name in replicas}
         for name, replica in replicas.items():
-            salvaged = self._salvaged(replica)
-            if salvaged:
-                self._treat(name, replica, salvaged)
-            if self._is_due(name, replica):
+            standing = self._standing(replica)
+            if standing:
+                self._treat(name, replica, standing)
+            if not any(damage.served for damage in standing) and self._is_due(name, replica):
                 await self._visit(name, replica)
 
     async def scrub(self, replica: Replica) -> AsyncGenerator[Damage]:
@@ -108,7 +118,7 @@ class Scrubber:
             async with contextlib.aclosing(part):
                 async for damage in part:
                     yield damage
-        for damage in self._salvaged(replica):
+        for damage in self._standing(replica):
             yield damage
 
     def _is_due(self, name: ShardName, replica: Replica) -> bool:
@@ -140,6 +150,10 @@ class Scrubber:
             delay_s = RECHECK_S
         self._due[name] = (replica, self._ports.clock.monotonic_s() + delay_s)
 
+    def _standing(self, replica: Replica) -> list[Damage]:
+        """Returns the damage that is known of and waits for the primary."""
+        return [*self._salvaged(replica), *self.objects.damages_of(replica)]
+
     def _salvaged(self, replica: Replica) -> list[Damage]:
         """Returns a damage for each segment that could be opened only by building it again."""
         found = []
@@ -159,7 +173,7 @@ class Scrubber:
     async def _scrub_manifest(self, replica: Replica, manifest: Manifest) -> AsyncGenerator[Damage]:
         key = f"{replica.keys.manifests}{manifest.version:020d}"
         reason = ""
-        for _ in range(_READS_MAX):
+        for _ in range(READS_MAX):
             try:
                 version = await replica.manifests.versions.read(manifest.version)
             except Corrupt as error:
@@ -193,7 +207,7 @@ class Scrubber:
     async def _tombstones_reason(self, entry: SegmentEntry) -> str:
         """Returns what is wrong with the tombstones object, '' when nothing is."""
         reason = ""
-        for _ in range(_READS_MAX):
+        for _ in range(READS_MAX):
             try:
                 await self._ports.files.tombstones(entry)
             except ShoalError as error:
@@ -201,7 +215,9 @@ class Scrubber:
                     raise
                 reason = error.message
             else:
-                await self._pace(0 if entry.tombstones is None else entry.tombstones.size_bytes)
+                await self._reader.pace(
+                    0 if entry.tombstones is None else entry.tombstones.size_bytes
+                )
                 return ""
         return reason
 
@@ -209,19 +225,15 @@ class Scrubber:
         self, replica: Replica, manifest: Manifest, entry: SegmentEntry, file: LocalFile
     ) -> Damage | None:
         reason = ""
-        for _ in range(_READS_MAX):
-            found = await self._digest(file.path)
-            if found == (file.entry.size_bytes, file.entry.sha256):
+        for _ in range(READS_MAX):
+            found = await self._reader.digest_of_file(file.path)
+            reason = differs(file.entry, found)
+            if not reason:
                 return None
             if found is None:
                 if file.fetched or await self._is_superseded(replica, manifest):
                     return None  # a copy that was cleared away; the mapping holds its pages
-                reason = f"object {file.entry.key} is gone"
                 break
-            reason = (
-                f"object {file.entry.key} has {found[0]} bytes with sha256 {found[1]}; "
-                f"the manifest lists {file.entry.size_bytes} with {file.entry.sha256}"
-            )
         if entry.id not in replica.state.segments:
             return None
         served = file.entry.name in _SERVED_FILES
@@ -262,11 +274,11 @@ class Scrubber:
         """Returns the record, and what is wrong with it or ''."""
         key = replica.keys.slot(slot)
         reason = ""
-        for _ in range(_READS_MAX):
+        for _ in range(READS_MAX):
             body = await self._ports.store.get(key)
             if body is None:
                 return None, f"object {key} is gone"
-            await self._pace(len(body))
+            await self._reader.pace(len(body))
             try:
                 record = replica.wal.decode(slot, body)
                 if previous is not None:
@@ -279,43 +291,6 @@ class Scrubber:
     async def _is_superseded(self, replica: Replica, manifest: Manifest) -> bool:
         newest = await replica.manifests.newest_number()
         return newest is not None and newest > manifest.version
-
-    async def _digest(self, path: Path) -> tuple[int, str] | None:
-        """Returns size and sha256 of a file, read piece by piece; None when it is not there."""
-        digest = hashlib.sha256()
-        size_bytes = 0
-        pieces = _pieces(path)
-        try:
-            advance = functools.partial(_hash_next, pieces, digest)
-            while piece_bytes := await self._ports.background.run(advance):
-                size_bytes += piece_bytes
-                await self._pace(piece_bytes)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            # A medium error: as bad as a wrong byte, and no less final.
-            _log.error("file_unreadable", path=str(path), reason=str(error))
-            return size_bytes, f"unreadable ({error.strerror})"
-        finally:
-            pieces.close()
-        return size_bytes, digest.hexdigest()
-
-    async def _pace(self, size_bytes: int) -> None:
-        self.read_bytes += size_bytes
-        await self._ports.clock.sleep(size_bytes / SCRUB_BYTES_PER_S)
-
-
-def _pieces(path: Path) -> Generator[bytes]:
-    with path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE_BYTES):
-            yield piece
-
-
-def _hash_next(pieces: Generator[bytes], digest: "hashlib._Hash") -> int:
-    """Returns how many bytes were hashed, 0 at the end."""
-    piece = next(pieces, b"")
-    digest.update(piece)
-    return len(piece)
 
 
 def _lists_tombstones(replica: Replica, tombstones: FileEntry) -> bool:

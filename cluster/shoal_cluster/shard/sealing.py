@@ -20,7 +20,7 @@ Invariant L-1: the sum of a sealed manifest equals the sum the log had at its fl
 import asyncio
 import functools
 import hashlib
-from collections.abc import Callable, Coroutine, Sequence, Set
+from collections.abc import Callable, Coroutine, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -51,6 +51,7 @@ from shoal_cluster.segment.deletes import encode_tombstones
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.shard.building import BuildOrder, rows_of_memtables
 from shoal_cluster.shard.compaction import plan_compaction, plan_settling
+from shoal_cluster.shard.copying import put_copy
 from shoal_cluster.shard.damage import Damage, Part
 from shoal_cluster.shard.garbage import GarbageCollector
 from shoal_cluster.shard.ports import Publisher
@@ -103,6 +104,7 @@ class Sealer:
         self._counter = 0
         self._stopped = False
         self._in_flight: set[SegmentId] = set()
+        self._putting: set[SegmentId] = set()
         self._garbage = GarbageCollector(replica, epoch)
         self._collection: asyncio.Task[None] | None = None
         self._seal_asked = False
@@ -181,12 +183,15 @@ class Sealer:
     async def _collect(self) -> None:
         try:
             async with self._committing:
-                await self._garbage.collect(self._in_flight.__contains__)
+                await self._garbage.collect(self._is_in_flight)
         except Exception as error:  # noqa: BLE001  a bug must not end it without a word
             # Nothing depends on it: the next round tries again, and says so again.
             self._failures.note(error, _GARBAGE)
         else:
             self._failures.clear(_GARBAGE)
+
+    def _is_in_flight(self, segment: SegmentId) -> bool:
+        return segment in self._in_flight or segment in self._putting
 
     async def _guard(self, work: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs background work; see the module for which failures end the epoch."""
@@ -290,6 +295,7 @@ class Sealer:
             )
             if isinstance(error, Corrupt):
                 self._replica.suspected = True
+                self._replica.doubted.update(source.entry.id for source in sources)
             return
         _log.info(
             "segments_compacted",
@@ -321,7 +327,8 @@ class Sealer:
     def repair(self, damages: Sequence[Damage]) -> None:
         """Replaces objects that fail their checksum by what this primary holds, or can derive.
 
-        damages: none of a file that holds rows. What cannot be done now is asked for again.
+        damages: none of a file that holds rows, unless copied. What cannot be done now is asked for
+        again.
         """
         parts = {damage.part for damage in damages}
         if Part.LOG in parts and not self.busy:
@@ -331,15 +338,42 @@ class Sealer:
         segments = [entry for entry in self._mergeable() if entry.id in derived]
         if segments and not self.compacting:
             self._compact((segments[0],))
-        if parts & {Part.MANIFEST, Part.TOMBSTONES} and not self._repairing:
+        if self._repair is not None and not self._repair.done():
+            return
+        if parts & {Part.MANIFEST, Part.TOMBSTONES}:
             dead = {damage.segment for damage in damages if damage.part is Part.TOMBSTONES}
             self._repair = asyncio.ensure_future(
                 self._guard(_REPAIR, lambda: self._when_possible(lambda: self._commit_again(dead)))
             )
+        elif Part.COPIED in parts and self._failures.may_try(_REPAIR):
+            keys = {damage.key for damage in damages if damage.part is Part.COPIED}
+            self._repair = asyncio.ensure_future(
+                self._guard(_REPAIR, lambda: self._put_copies(keys))
+            )
 
-    @property
-    def _repairing(self) -> bool:
-        return self._repair is not None and not self._repair.done()
+    async def _put_copies(self, keys: Set[str]) -> None:
+        """Puts cached copies of damaged objects under other names and commits those."""
+        replica = self._replica
+        chosen = [
+            (entry.id, copy)
+            for entry in self._manifest().segments
+            for copy in replica.ports.files.copies(entry)
+            if copy.entry.key in keys
+        ]
+        replaced: dict[str, FileEntry] = {}
+        self._putting.update(segment for segment, _ in chosen)
+        try:
+            for segment, copy in chosen:
+                put = functools.partial(put_copy, replica.ports, replica.keys, segment, copy)
+                replaced[copy.entry.key] = await self._until_available("put of a copy", put)
+            await self._when_possible(lambda: self._commit_files(replaced))
+        except Corrupt as error:
+            # The copy has gone bad as well, or what was put has: the finding is no longer right.
+            _log.error("copy_not_put", shard=replica.keys.shard, reason=error.message)
+        finally:
+            # What was put is read back, and what was not is judged anew.
+            replica.doubted |= self._putting
+            self._putting.clear()
 
     async def _build(
         self, order: BuildOrder, rows: SegmentInput | None = None
@@ -472,6 +506,17 @@ class Sealer:
             views.append(open_view(entry, view.reader, view.sealed_dead))
         parent = self._manifest()
         await self._commit(parent, self._child(parent, views), views)
+
+    async def _commit_files(self, replaced: Mapping[str, FileEntry]) -> None:
+        """Commits a manifest that lists objects of the same bytes in place of these keys."""
+        views = []
+        for view in tuple(self._replica.state.segments.values()):
+            files = tuple(replaced.get(file.key, file) for file in view.entry.files)
+            views.append(open_view(replace(view.entry, files=files), view.reader, view.sealed_dead))
+        parent = self._manifest()
+        child = self._child(parent, views)
+        if child.segments != parent.segments:
+            await self._commit(parent, child, views)
 
     async def _bury(self, view: SegmentView, rows: npt.NDArray[np.int64]) -> SegmentView:
         """Returns the view with `rows` dead for good, their tombstones stored."""

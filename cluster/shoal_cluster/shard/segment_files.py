@@ -11,6 +11,7 @@ again in the cache and served from there, until the primary has replaced it (sha
 
 import functools
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -177,6 +178,35 @@ class SegmentFiles:
             )
             for file in entry.files
         )
+
+    def copies(self, entry: SegmentEntry) -> tuple[LocalFile, ...]:
+        """Returns the cached copies of a segment's objects, whether they are there or not.
+
+        None where the bucket's own files are used.
+        """
+        files = (
+            LocalFile(entry=file, path=self._place_of(file), fetched=True) for file in entry.files
+        )
+        return tuple(file for file in files if self._is_fetched(file.path))
+
+    def compared_s(self, segment: SegmentId) -> float:
+        """Returns when (wall clock) the objects of a segment were last read; -inf: unknown.
+
+        That is the modification time of its folder in the cache: fetching a copy sets it too.
+        """
+        try:
+            return (self._cache / segment).stat().st_mtime
+        except OSError:
+            return float("-inf")
+
+    def mark_compared(self, segment: SegmentId, now_s: float) -> None:
+        """Notes that the objects of a segment were read just now. Raises: Unavailable."""
+        folder = self._cache / segment
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            os.utime(folder, (now_s, now_s))
+        except OSError as error:
+            raise Unavailable(f"cannot write to the cache {self._cache}: {error}") from error
 
     async def tombstones(self, entry: SegmentEntry) -> BitMap:
         """Returns the rows that the manifest marks dead.
