@@ -61,15 +61,14 @@ class ObjectScrubber:
         self._found = {
             segment: found for segment, found in self._found.items() if found[0] in replicas
         }
-        for replica in replicas:
+        while (due := self._next()) is not None:
+            replica, entry = due
             try:
-                for entry in self._due(replica):
-                    await self._visit(replica, entry)
+                await self._visit(replica, entry)
             except ShoalError as error:
                 replica.failures.note(error, _WORK)
             else:
-                if replica.failures.may_try(_WORK):
-                    replica.failures.clear(_WORK)
+                replica.failures.clear(_WORK)
 
     def damages_of(self, replica: Replica) -> list[Damage]:
         """Returns what was found, is not about to be read again, and is still listed."""
@@ -80,6 +79,12 @@ class ObjectScrubber:
             for damage in damages
             if _lists(replica, damage.key)
         ]
+
+    def _next(self) -> tuple[Replica, SegmentEntry] | None:
+        """Returns a segment that is due: one that is doubted, if there is one."""
+        replicas = self._replicas().values()
+        due = [(replica, entry) for replica in replicas for entry in self._due(replica)]
+        return min(due, key=lambda each: each[1].id not in each[0].doubted, default=None)
 
     def _due(self, replica: Replica) -> list[SegmentEntry]:
         manifest = replica.manifest

@@ -240,6 +240,7 @@ class Scrubber:
         if file.fetched and not served:
             # Nobody reads this copy: the next opening fetches another.
             file.path.unlink(missing_ok=True)
+            replica.doubted.add(entry.id)  # the object is all that is left
             _log.warning("cached_copy_removed", path=str(file.path), reason=reason)
             return None
         return Damage(

@@ -297,6 +297,29 @@ def test_objects_are_read_slowly_and_seldom(tmp_path, monkeypatch):
     scenario(tmp_path, test, in_place=False)
 
 
+def test_what_is_doubted_is_read_before_what_is_due(tmp_path):
+    """A pass over all that is due takes a day."""
+
+    async def test(served: Served) -> None:
+        await served.write(upsert(4, {f"r{number:03d}": float(number) for number in range(40)}))
+        sealer = served.hosted.primary._sealer
+        sealer.start()
+        await sealer._seal
+        first, second = served.replica.manifest.segments
+        read, get_range = [], served.store.get_range
+
+        async def noted(key, start, length):
+            read.append(key.split("/")[5])
+            return await get_range(key, start, length)
+
+        served.store.get_range = noted
+        served.replica.doubted.add(second.id)
+        await objects_of(served).visit_due()
+        assert list(dict.fromkeys(read)) == [second.id, first.id]
+
+    scenario(tmp_path, test, in_place=False)
+
+
 def test_a_fresh_copy_has_read_the_object(tmp_path):
     async def test(served: Served) -> None:
         (entry,) = served.replica.manifest.segments
