@@ -97,7 +97,8 @@ def test_a_damaged_object_is_put_again_from_the_cached_copy(tmp_path, name):
         assert [view.reader for view in served.replica.state.segments.values()] == readers
         assert served.host.reports()[0].leads and served.points() == LEFT
 
-        assert await find(served) == [], "what was put is sound"
+        assert served.replica.doubted == {before.segments[0].id}, "what was put is read back"
+        assert await find(served) == []
         assert await served.scrub() == [] and served.said() == ""
         await asyncio.sleep(2 * GRACE_S)
         assert file.key not in served.shard.objects and after.key in served.shard.objects
@@ -254,6 +255,7 @@ def test_a_copy_that_goes_bad_before_it_is_put_is_not_put(tmp_path):
         await asyncio.sleep(1)
         assert served.file(layout.CODES).key == key
         assert not {at for at in set(served.shard.objects) - set(before) if "/codes-" in at}
+        assert objects_of(served).damages_of(served.replica) == [], "the finding no longer holds"
         await objects_of(served).visit_due()
         (found,) = objects_of(served).damages_of(served.replica)
         assert found.part is Part.DERIVED, "judged anew"
@@ -392,6 +394,25 @@ def test_an_object_of_a_segment_that_was_merged_meanwhile_is_not_called_damaged(
         while not reading.done():
             await asyncio.sleep(1)
         assert objects_of(served).damages_of(served.replica) == []
+
+    scenario(tmp_path, test, in_place=False)
+
+
+def test_a_primary_that_was_deposed_does_not_call_garbage_damaged(tmp_path):
+    """Z-2: its manifest is not the newest any more, and it does not know yet."""
+
+    async def test(served: Served) -> None:
+        (entry,) = served.replica.manifest.segments
+        other = await served.shard.node(store=served.store).load()
+        await other.promote()
+        other.primary._sealer._compact(other.replica.manifest.segments)
+        await other.settle()
+        for file in entry.files:
+            del served.shard.objects[file.key]
+        assert served.hosted.primary.serving and entry in served.replica.manifest.segments
+        assert await find(served) == []
+        assert served.hosted.primary.serving, "still"
+        await other.crash()
 
     scenario(tmp_path, test, in_place=False)
 
