@@ -122,7 +122,7 @@ def _collection_status(record: CollectionRecord, loop: ControlLoop) -> Collectio
 
 def _shard_status(record: CollectionRecord, shard: ShardNumber, loop: ControlLoop) -> ShardStatus:
     found: list[tuple[ServerId, ReplicaReport]] = []
-    for server in record.assignment[shard]:
+    for server in record.assignment[shard] if record.is_created else ():
         report = loop.reports.get(server)
         if report is not None:
             found += [

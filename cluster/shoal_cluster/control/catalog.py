@@ -47,10 +47,17 @@ class Owner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionRecord:
-    """assignment: per shard, the servers that should hold a replica, preferred primary first."""
+    """assignment: per shard, the servers that should hold a replica, preferred primary first.
+
+    Empty while the collection is being created: its shards may not exist yet.
+    """
 
     schema: CollectionSchema
     assignment: tuple[tuple[ServerId, ...], ...]
+
+    @property
+    def is_created(self) -> bool:
+        return bool(self.assignment)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +82,11 @@ class Catalog:
 
     def with_record(self, record: CollectionRecord) -> "Catalog":
         return replace(self, collections={**self.collections, record.schema.id: record})
+
+    @property
+    def unfinished(self) -> tuple[CollectionRecord, ...]:
+        """The collections that are being created."""
+        return tuple(record for record in self.collections.values() if not record.is_created)
 
     def without(self, collection: CollectionId) -> "Catalog":
         rest = {key: record for key, record in self.collections.items() if key != collection}

@@ -125,6 +125,7 @@ class ControlLoop:
         self._busy: dict[tuple[type, ServerId, str, int], asyncio.Task[None]] = {}
         self._promotions: dict[tuple[CollectionId, ShardNumber], _Promotion] = {}
         self._changed = asyncio.Condition()
+        self._creating: asyncio.Task[None] | None = None
         self._deleting: asyncio.Task[None] | None = None
         self.reports: dict[ServerId, ServerReport] = {}
         self.topology = Topology(version=0, cluster_uuid=cluster_uuid)
@@ -149,8 +150,9 @@ class ControlLoop:
         finally:
             for asking in self._asking.values():
                 asking.cancel()
-            if self._deleting is not None:
-                self._deleting.cancel()
+            for task in (self._creating, self._deleting):
+                if task is not None:
+                    task.cancel()
 
     async def _run(self) -> None:
         while True:
@@ -234,6 +236,8 @@ class ControlLoop:
 
     async def _round(self) -> None:
         await self._owned.refresh()
+        if self.catalog.unfinished and (self._creating is None or self._creating.done()):
+            self._creating = asyncio.ensure_future(self._finish_creating())
         observing_s = self._clock.monotonic_s()
         await self._observe()
         for command in diff(self.catalog, self.reports):
@@ -370,6 +374,14 @@ class ControlLoop:
             self.topology = replace(topology, version=self.topology.version + 1)
             self._audience.publish(self.topology)
 
+    async def _finish_creating(self) -> None:
+        """Makes the shards of collections that the catalog lists without any."""
+        try:
+            await self._owned.finish_creating()
+        except ShoalError as error:
+            # The next round tries again; whoever asked for the collection waits for its shards.
+            _log.warning("collection_not_created", reason=error.message)
+
     async def _delete_dropped(self) -> None:
         """Deletes the objects of dropped collections that no live server holds any more."""
         held = {
@@ -377,7 +389,7 @@ class ControlLoop:
         }
         try:
             for collection in self.catalog.dropped:
-                if collection in held:
+                if collection in held or collection in self._owned.creating:
                     continue
                 for entry in await self._store.list(f"{COLLECTIONS_PREFIX}{collection}/"):
                     await self._store.delete(entry.key)

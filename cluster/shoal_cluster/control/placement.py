@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from shoal_cluster.control.catalog import Catalog, CollectionRecord
 from shoal_cluster.domain.errors import InvalidRequest
-from shoal_cluster.domain.ids import ServerId
+from shoal_cluster.domain.ids import CollectionId, ServerId
 
 Assignment = tuple[tuple[ServerId, ...], ...]
 
@@ -63,11 +63,18 @@ def _next_server(
     return min(candidates, key=lambda server: (servers[server] in nodes, load[server], server))
 
 
-def place_all(catalog: Catalog, servers: Mapping[ServerId, str]) -> Catalog:
-    """Returns the catalog with every collection placed on the servers there are."""
+def place_all(
+    catalog: Catalog, servers: Mapping[ServerId, str], created: CollectionId | None = None
+) -> Catalog:
+    """Returns the catalog with every collection placed on the servers there are.
+
+    created: one whose shards exist by now; others that are being created are left alone.
+    """
     load: Counter[ServerId] = Counter()
     leaders: Counter[ServerId] = Counter()
     for record in catalog.collections.values():
+        if not record.is_created and record.schema.id != created:
+            continue
         placed = CollectionRecord(
             schema=record.schema, assignment=place(record, servers, load, leaders)
         )

@@ -141,6 +141,8 @@ def topology_of(catalog: Catalog, reports: Reports, cluster_uuid: bytes, version
     collections = {}
     held = _held(reports)
     for record in catalog.collections.values():
+        if not record.is_created:
+            continue
         shards = []
         for number, servers in enumerate(record.assignment):
             found = _among(held.get((record.schema.id, ShardNumber(number)), {}), servers)

@@ -103,6 +103,7 @@ class _Check:
         self._done = 0
         self._cluster_uuid: bytes | None = None
         self._unsound: set[str] = set()
+        self._unfinished: set[CollectionId] = set()
         self.problems: list[Problem] = []
         self.notes: list[str] = []
         self.collections = self.shards = self.rows = 0
@@ -123,6 +124,12 @@ class _Check:
             )
         for collection, schema in (schemas or {}).items():
             self.collections += 1
+            if collection in self._unfinished:
+                self.notes.append(
+                    f"{COLLECTIONS_PREFIX}{collection}/ is being created: the catalog lists it "
+                    "without an assignment, and whoever serves the bucket next finishes it"
+                )
+                continue
             for number in range(schema.shards):
                 keys = ShardKeys(collection, ShardNumber(number))
                 if not any(key.startswith(keys.manifests) for key in shards.get(keys, ())):
@@ -176,14 +183,15 @@ class _Check:
             return None
         key = f"{CATALOG_PREFIX}v/{max(versions):020d}"
         try:
-            found = [
-                CollectionSchema.from_wire(entry["schema"])
+            records = [
+                (CollectionSchema.from_wire(entry["schema"]), entry["assignment"])
                 for entry in newest.fields["collections"]
             ]
         except (KeyError, ValueError, TypeError) as error:
             self._report(key, "B-4", f"the catalog lacks or contradicts itself in {error}")
             return None
-        return {schema.id: schema for schema in found}
+        self._unfinished = {schema.id for schema, assignment in records if not assignment}
+        return {schema.id: schema for schema, _ in records}
 
     async def _versions(
         self, versions: str, kind: EnvelopeKind, floors: str, floor_kind: EnvelopeKind

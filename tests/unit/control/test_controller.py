@@ -114,11 +114,11 @@ def a_replica(command):
     )
 
 
-def a_loop(servers, audience, store=None):
+def a_loop(servers, audience, store=None, seed=1):
     return ControlLoop(
         store=store or MemoryStore(),
         clock=LoopClock(),
-        ids=SeededIds(1),
+        ids=SeededIds(seed),
         servers=servers,
         audience=audience,
         cluster_uuid=CLUSTER_UUID,

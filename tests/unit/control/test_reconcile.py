@@ -35,7 +35,7 @@ def test_reports_are_gone_through_once_however_many_shards_there_are():
             replicas=2,
         )
         catalog = catalog.with_record(CollectionRecord(schema=schema, assignment=()))
-    catalog = place_all(catalog, dict.fromkeys(SERVERS, "node"))
+        catalog = place_all(catalog, dict.fromkeys(SERVERS, "node"), created=schema.id)
     reports = {
         server: ServerReport(
             server=server,
