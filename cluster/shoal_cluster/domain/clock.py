@@ -1,7 +1,7 @@
 """Time, injected. Only this file may ask the operating system what time it is.
 
 No safety property of Shoal depends on a clock: `monotonic_s` serves timeouts and staleness figures,
-`wall_ms` serves timestamps that people read.
+`wall_ms` serves timestamps that people read, and how long ago a file of this machine was written.
 """
 
 import asyncio

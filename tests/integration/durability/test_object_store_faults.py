@@ -14,11 +14,15 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from shoal_cluster.bucket.object_store import ObjectStore
+from shoal_cluster.bucket.store import PutOutcome
 from shoal_cluster.domain.errors import ShoalError
 from shoal_cluster.domain.ids import Slot
 from shoal_cluster.domain.keys import epoch_of_segment, number_of
+from shoal_cluster.domain.observation import ReplicaState
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.manifest.manifest import Manifest
+from shoal_cluster.shard import paced_reading
+from shoal_cluster.shard.host import ShardHost
 from shoal_cluster.wal import log as wal_log
 from tests.integration.durability.faulty_proxy import (
     FORTUNE,
@@ -29,8 +33,20 @@ from tests.integration.durability.faulty_proxy import (
 )
 from tests.integration.shard import simulation as simulations
 from tests.integration.shard.simulation import History, Simulation, find_violation
-from tests.unit.shard.nodes import KEYS, LoopClock, Node, points_of
+from tests.unit.shard.in_place import flip
+from tests.unit.shard.nodes import (
+    KEYS,
+    SCHEMA,
+    SHARD,
+    LoopClock,
+    Node,
+    Shard,
+    points_of,
+    upsert,
+    write,
+)
 
+NAME = (SCHEMA.id, SHARD)
 CREATE_TIMEOUT_S = 2.0
 RUN_S_MAX = 90.0
 """A run takes about ten seconds on an idle machine."""
@@ -187,6 +203,58 @@ def test_taking_exists_for_success_would_be_caught_here(tmp_path, moto, monkeypa
     plan = Misfortunes(conflict_not_stored=0.2, lands_late=0.2)
     violation, _, _ = judge(tmp_path, moto, 3, plan)
     assert violation and "Unavailable" not in violation
+
+
+@pytest.mark.slow
+def test_objects_in_s3_are_compared_and_put_again_from_cached_copies(tmp_path, moto, monkeypatch):
+    monkeypatch.setattr(paced_reading, "FETCH_PIECE_BYTES", 3000)  # several ranges each
+
+    async def until(condition) -> None:
+        async with asyncio.timeout(RUN_S_MAX):
+            while not condition():
+                await asyncio.sleep(0.05)
+
+    async def scenario(store: ObjectStore) -> None:
+        shard = Shard(tmp_path)
+        await Manifests(store, KEYS, LoopClock()).create_first()
+        host = ShardHost(shard.node(store=store).ports, lambda _: shard.network)
+        host.open(SCHEMA, SHARD)
+        await until(lambda: host.reports()[0].state is ReplicaState.READY)
+        await host.promote(NAME)
+        points = {f"p{number:03d}": float(number) for number in range(200)}
+        await write(host, upsert(1, points))
+        primary, replica = host._hosted[NAME].primary, host._hosted[NAME].replica
+        primary._sealer.start()
+        await primary._sealer._seal
+        (entry,) = replica.manifest.segments
+
+        async def find() -> set[str]:
+            replica.doubted.add(entry.id)
+            await host.scrubber.objects.visit_due()
+            return {damage.key for damage in host.scrubber.objects.damages_of(replica)}
+
+        assert await find() == set()
+        assert host.scrubber.objects.read_bytes == sum(file.size_bytes for file in entry.files)
+        damaged = {}
+        for number, file in enumerate(entry.files):
+            body = await store.get(file.key)
+            bad = (flip(body, len(body) - 1), body + b"more", body[:-1], None)[number % 4]
+            await store.delete(file.key)
+            if bad is not None:
+                assert await store.create(file.key, bad) is PutOutcome.CREATED
+            damaged[file.key] = file.name
+        assert await find() == damaged.keys()
+        await host.scrubber.visit_due()
+        await until(lambda: replica.manifest.segments[0] != entry)
+        await primary._sealer._repair
+        assert await find() == set()
+        await host.close_all()
+        node = await shard.node(store=store).load()
+        assert points_of(node.replica) == points
+        await node.crash()
+
+    with faulty_proxy(*moto, seed=5) as proxy:
+        asyncio.run(scenario(ObjectStore.from_url(proxy.url("scrubbed"))))
 
 
 def test_the_proxy_does_to_puts_what_it_says(moto):

@@ -9,7 +9,7 @@ from shoal_cluster.bucket.faults import NO_FAULTS, FaultPlan
 from shoal_cluster.domain.observation import ReplicaState
 from shoal_cluster.index import cost_model
 from shoal_cluster.segment import format as layout
-from shoal_cluster.shard import object_scrubbing, sealing
+from shoal_cluster.shard import object_scrubbing, paced_reading, sealing
 from shoal_cluster.shard.damage import Part
 from shoal_cluster.shard.garbage import GRACE_S
 from shoal_cluster.shard.host import ShardHost
@@ -135,6 +135,25 @@ def test_every_flipped_bit_of_an_object_is_noticed(tmp_path):
                 assert await find(served) == [key], f"{name} byte {at}"
             served.shard.objects[key] = sound
         assert await find(served) == []
+
+    scenario(tmp_path, test, in_place=False)
+
+
+def test_an_object_is_read_in_ranges_to_its_end_and_no_further(tmp_path, monkeypatch):
+    async def test(served: Served) -> None:
+        file = served.file(layout.PAYLOAD)
+        sound = served.shard.objects[file.key]
+        for piece_bytes in (file.size_bytes - 1, file.size_bytes, file.size_bytes + 1, 64):
+            monkeypatch.setattr(paced_reading, "FETCH_PIECE_BYTES", piece_bytes)
+            before = objects_of(served).read_bytes
+            assert await find(served) == []
+            read_bytes = objects_of(served).read_bytes - before
+            (entry,) = served.replica.manifest.segments
+            assert read_bytes == sum(each.size_bytes for each in entry.files)
+            for body in (sound[:-1], sound + b"\0", flip(sound, 0), flip(sound, len(sound) - 1)):
+                served.shard.objects[file.key] = body
+                assert await find(served) == [file.key], f"pieces of {piece_bytes}"
+            served.shard.objects[file.key] = sound
 
     scenario(tmp_path, test, in_place=False)
 
