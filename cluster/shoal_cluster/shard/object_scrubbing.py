@@ -27,8 +27,8 @@ from shoal_cluster.shard.segment_files import LocalFile
 _log = structlog.get_logger()
 
 OBJECT_BYTES_PER_S = 1 * MIB
-"""A bucket may charge for requests and transfer: at most 2.6 TB and 330,000 GETs (13 cents) a month
-and server. 100 GB take 28 hours."""
+"""A bucket may charge for requests and transfer: at most 2.7 TB and 330,000 GETs a month and
+server (13 cents at $0.0004 a thousand). 100 GB take 28 hours."""
 OBJECT_PASS_S = 7 * 24 * 3600.0
 """A segment's objects are read at most so often; fetching a copy has read it too."""
 
