@@ -28,7 +28,7 @@ DEV := $(VENV)/.stamp-dev
 
 PROTO_SOURCES := $(wildcard protos/shoal_protos/v1/*.proto)
 
-.PHONY: help demo test check simulate chaos soak bench bench-durability bench-corpus bench-peers protos \
+.PHONY: help demo test check simulate chaos soak bench bench-more bench-durability bench-corpus bench-peers protos \
 	fmt clean
 
 help: ## list the commands
@@ -86,6 +86,11 @@ soak: $(DEV) ## a steady load for MINUTES=30: memory, objects and read latencies
 bench: $(DEV) ## compare a search in process, through a link and through gRPC; CORPUS=windows ROWS=1000000
 	@$(if $(filter-out demo,$(CORPUS)),$(MAKE) bench-corpus,true)
 	@$(BIN)/python -m tests.bench $(addprefix --corpus ,$(CORPUS)) $(addprefix --rows ,$(ROWS))
+
+bench-more: $(DEV) ## filters, reads under writes, memory: each adds its figures to build/bench.json
+	@$(BIN)/python -m tests.bench.filters
+	@$(BIN)/python -m tests.bench.under_writes
+	@$(BIN)/python -m tests.bench.memory
 
 bench-durability: $(DEV) ## acknowledgements, puts, takeovers and recovery: what durability costs
 	@$(BIN)/python -m tests.bench.durability

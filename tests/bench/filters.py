@@ -25,6 +25,7 @@ from shoal import F
 from tests.bench import machine, writes
 from tests.bench.corpora.files import NoCorpus
 from tests.bench.corpus import CORPORA, DEMO, BenchCorpus, K, id_of, make_corpus, row_of
+from tests.bench.figures import note_figures
 
 SHARES: Final = (0.5, 0.1, 0.05, 0.01, 0.001, 0.0001)
 TARGETS: Final = (0.95, 0.99)
@@ -189,6 +190,10 @@ def main() -> None:
     figures = run(corpus, tuple(options.targets), lambda step: print(step, flush=True))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    note_figures(
+        declared_recall_shortfall_max=figures["declared_recall_shortfall_max"],
+        filtered_over_plain_qps_min=figures["filtered_over_plain_qps_min"],
+    )
     print(render(figures))
 
 

@@ -45,7 +45,7 @@ def render(bench: Mapping[str, Any]) -> str:
         f"{bench['p50_minus_raw_ms_1_client_tight']:.2f} ms; SDK minus raw at the same pace "
         f"{bench['p50_minus_raw_ms_1_client']:.2f} ms",
         f"queries/s over raw FAISS on all cores: SDK, {bench['size']['clients']} clients "
-        f"{bench['e2e_over_raw_8_clients_100k']:.2f}, gRPC {bench['grpc_over_raw_8_clients']:.2f}, "
+        f"{bench['e2e_over_raw']:.2f}, gRPC {bench['grpc_over_raw_8_clients']:.2f}, "
         f"a stream of gRPC {bench['grpc_stream_over_raw_8_clients']:.2f}, "
         f"batches of 64 over raw batches {bench['e2e_over_raw_batch64']:.2f}",
         "",

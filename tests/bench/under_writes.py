@@ -25,6 +25,7 @@ from chaos import cluster as clusters
 from chaos.watching import BuildWatch
 from tests.bench import machine, writes
 from tests.bench.corpus import BenchCorpus, K, id_of, make_corpus
+from tests.bench.figures import note_figures
 
 COLLECTION: Final = "under-writes"
 READS_PER_S: Final = 50.0
@@ -198,6 +199,7 @@ def main() -> None:
     )
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    note_figures(p99_ratio_under_writes=figures["p99_ratio_under_writes"])
     print(render(figures))
 
 
