@@ -27,6 +27,12 @@ from shoal_cluster.segment.deletes import decode_tombstones
 from shoal_cluster.segment.format import REQUIRED_FILES
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.shard.deletions import decode_deletion
+from shoal_cluster.shard.load_objects import (
+    read_decision,
+    read_prepared,
+    read_receipt,
+    read_rows,
+)
 from shoal_cluster.wal.record import WalRecord, decode_record
 from tests.format import values
 
@@ -53,6 +59,7 @@ def test_every_kind_of_object_is_here():
     assert set(NAMES) == {
         *("wal-fence", "wal-data", "manifest", "manifest-floor", "catalog", "catalog-floor"),
         *("cluster", "tombstones", "deletion"),
+        *("load-rows", "load-receipt", "load-prepared", "load-decision"),
         *(f"segment-{name}" for name in (*SEGMENT_FILES, "codes")),
     }
 
@@ -107,6 +114,26 @@ def test_the_manifest_reads_as_it_was_written():
 def test_the_journal_of_deletions_reads_as_it_was_written():
     body = values.stored("deletion")
     assert decode_deletion(body, values.KEYS, key="deletion") == values.DELETION
+
+
+def test_the_objects_of_a_bulk_load_read_as_they_were_written():
+    keys = values.LOAD_KEYS
+    prepared_key = keys.prepared_by(values.PREPARED.epoch)
+    store = MemoryStore(
+        {
+            keys.rows("0-0"): values.stored("load-rows"),
+            keys.receipt("0-0"): values.stored("load-receipt"),
+            prepared_key: values.stored("load-prepared"),
+            keys.decision: values.stored("load-decision"),
+        }
+    )
+    rows = asyncio.run(read_rows(store, keys, "0-0"))
+    assert (list(rows.ids), list(rows.tails)) == (values.ROWS.ids, values.ROWS.tails)
+    assert rows.vectors.tolist() == values.ROWS.vectors.tolist()
+    receipt = asyncio.run(read_receipt(store, keys, "0-0"))
+    assert (receipt.digest, receipt.schema_version, receipt.rows) == (7, 3, {2: 8})
+    assert asyncio.run(read_prepared(store, keys, prepared_key)) == values.PREPARED
+    assert asyncio.run(read_decision(store, keys)) == values.DECISION
 
 
 def test_the_floor_markers_and_the_catalog_read_as_they_were_written():

@@ -4,6 +4,7 @@
 there was written by a released format, and a bucket somewhere looks the same.
 """
 
+import asyncio
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from pyroaring import BitMap
 
 from shoal_cluster.bucket.envelope import EnvelopeKind, encode
 from shoal_cluster.bucket.identity import encode_identity
+from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.control.catalog import Catalog, CollectionRecord
+from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.ids import (
     CollectionId,
     Epoch,
@@ -24,7 +27,7 @@ from shoal_cluster.domain.ids import (
     ShardNumber,
     Slot,
 )
-from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.keys import LoadKeys, ShardKeys
 from shoal_cluster.domain.point import Provenance, encode_tail
 from shoal_cluster.domain.schema import (
     AttributeType,
@@ -38,6 +41,16 @@ from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
 from shoal_cluster.segment.deletes import encode_tombstones
 from shoal_cluster.shard.deletions import Deletion, encode_deletion
+from shoal_cluster.shard.load_objects import (
+    Decision,
+    Prepared,
+    Receipt,
+    StagedRows,
+    decide,
+    give_receipt,
+    record_prepared,
+    stage_rows,
+)
 from shoal_cluster.wal.record import (
     EMPTY_BATCH,
     FIRST_PUT_ID,
@@ -161,6 +174,7 @@ MANIFEST = Manifest(
             ),
             dead=2,
             sum=0xFEDCBA9876543210,
+            seq_base=60,
         ),
     ),
     dedup=[
@@ -172,7 +186,11 @@ MANIFEST = Manifest(
     ],
     schema_version=3,
     sum=0xFEDCBA9876543210,
+    loads=("load-1", "load-2"),
 )
+LOAD_KEYS = LoadKeys(SCHEMA.id, ShardNumber(2), "load-3")
+PREPARED = Prepared(epoch=Epoch(1), rows=8, segments=MANIFEST.segments)
+DECISION = Decision(commit=True, rows=8, epochs={ShardNumber(2): Epoch(1)})
 CLUSTER_UUID = b"the cluster uuid"
 CONFORMANCE = {"create_race": [1, 7], "list_lag_ms": 0.5, "store": "local"}
 CATALOG_PUT_ID = b"catalog-5 put id"
@@ -229,11 +247,30 @@ def encoded() -> dict[str, bytes]:
         "tombstones": encode_tombstones(8, DEAD),
         "deletion": encode_deletion(DELETION, KEYS, b"deletion put id."),
     }
+    found |= asyncio.run(_load_objects())
     with tempfile.TemporaryDirectory() as folder:
         built = build_segment(ROWS, SCHEMA, Path(folder), seed=0)
         for file in built.files:
             found[f"segment-{file.name}"] = file.path.read_bytes()
     return found
+
+
+async def _load_objects() -> dict[str, bytes]:
+    """Returns the four objects of a bulk load, as their functions put them."""
+    objects: dict[str, bytes] = {}
+    store, clock = MemoryStore(objects), SystemClock()
+    rows = StagedRows(ids=ROWS.ids, vectors=ROWS.vectors, tails=ROWS.tails)
+    put_id = await stage_rows(store, clock, LOAD_KEYS, "0-0", rows)
+    receipt = Receipt(digest=7, schema_version=3, rows={ShardNumber(2): 8})
+    await give_receipt(store, clock, LOAD_KEYS, "0-0", receipt, put_id)
+    await record_prepared(store, clock, LOAD_KEYS, PREPARED, b"prepared put id.")
+    await decide(store, clock, LOAD_KEYS, DECISION, b"decision put id.")
+    return {
+        "load-rows": objects[LOAD_KEYS.rows("0-0")],
+        "load-receipt": objects[LOAD_KEYS.receipt("0-0")],
+        "load-prepared": objects[LOAD_KEYS.prepared_by(PREPARED.epoch)],
+        "load-decision": objects[LOAD_KEYS.decision],
+    }
 
 
 def stored(name: str) -> bytes:

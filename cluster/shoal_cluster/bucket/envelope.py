@@ -47,6 +47,10 @@ class EnvelopeKind(enum.IntEnum):
     SEGMENT_META = 8
     TOMBSTONES = 9
     DELETION = 10
+    LOAD_ROWS = 11
+    LOAD_RECEIPT = 12
+    LOAD_PREPARED = 13
+    LOAD_DECISION = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

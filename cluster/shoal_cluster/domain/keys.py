@@ -7,6 +7,8 @@
                             /floor/{version}    markers: versions at or below are being deleted
                             /seg/{segment}/{file}
                             /gc/{epoch}-{number}   what garbage collection deleted, and why
+                            /load/{load}/...       a bulk load on its way (docs/design/bulk-load.md)
+    c/{collection}/load/{load}                     what was decided of a bulk load
 
 Numbers are zero-padded to 20 digits. Nothing depends on the order of a listing.
 """
@@ -55,6 +57,41 @@ def epoch_of_segment(segment: str) -> Epoch:
 
 
 @dataclass(frozen=True, slots=True)
+class LoadKeys:
+    """The keys of one bulk load in one shard; chunks are names of their own."""
+
+    collection: CollectionId
+    shard: ShardNumber
+    load: str
+
+    @property
+    def decision(self) -> str:
+        """One for all shards."""
+        return f"{COLLECTIONS_PREFIX}{self.collection}/load/{self.load}"
+
+    @property
+    def prefix(self) -> str:
+        return f"{COLLECTIONS_PREFIX}{self.collection}/s/{self.shard:04d}/load/{self.load}/"
+
+    @property
+    def receipts(self) -> str:
+        return f"{self.prefix}receipt/"
+
+    @property
+    def prepared(self) -> str:
+        return f"{self.prefix}prepared/"
+
+    def rows(self, chunk: str) -> str:
+        return f"{self.prefix}rows/{chunk}"
+
+    def receipt(self, chunk: str) -> str:
+        return f"{self.receipts}{chunk}"
+
+    def prepared_by(self, epoch: Epoch) -> str:
+        return f"{self.prepared}{padded(epoch)}"
+
+
+@dataclass(frozen=True, slots=True)
 class ShardKeys:
     """The keys of one shard."""
 
@@ -84,6 +121,10 @@ class ShardKeys:
     @property
     def deletions(self) -> str:
         return f"{self.prefix}gc/"
+
+    @property
+    def loads(self) -> str:
+        return f"{self.prefix}load/"
 
     def slot(self, slot: Slot) -> str:
         return f"{self.wal}{padded(slot)}"

@@ -84,6 +84,24 @@ BUILD_MEMORY_BYTES_MAX = 4 * 1024 * MIB
 """Planners merge no more than fits into so much (shard/build_memory.py): a whole segment's rows at
 384-d, 310,000 at 1,536-d. A vectors file stays below half of it, well within one PUT."""
 
+# Bulk loads (docs/design/bulk-load.md)
+LOAD_CHUNK_ROWS_MAX = 8192
+LOAD_CHUNK_BYTES_MAX = 16 * MIB
+"""Vectors of a chunk; with attributes and payloads it is a request like any other, 32 MiB."""
+LOAD_CHUNKS_MAX = 20_000
+"""Of one load: 160 million short rows; their names make a message of half a megabyte."""
+LOAD_SEGMENT_ROWS = 131_072
+LOAD_SEGMENT_CHUNKS = 48
+"""Of one segment of a load, about: its build holds all rows, 1.5 GiB if each chunk is a request of
+32 MiB. Larger segments are what compaction is for."""
+LOADS_MAX = 64
+"""Loads that a shard prepares at once, or keeps prepared."""
+LOADS_REMEMBERED = 256
+"""Committed loads that a manifest names: more than are run again by mistake before their objects
+are collected, 5 kB."""
+LOAD_ABANDONED_S = 24 * 3600.0
+"""A load without decision to which nothing was added for so long is aborted."""
+
 # Deduplication of retried writes, per shard: answers to REQUESTS_MAX requests, about 4 MB. However
 # many write, a client keeps REQUESTS_MAX / CLIENTS_MAX = 16 answers, as many as the SDK's bulk load
 # keeps in flight at most.

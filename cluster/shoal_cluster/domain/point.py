@@ -22,6 +22,10 @@ Tail = bytes | memoryview
 
 SUM_MODULUS = 1 << 64
 
+_SPREAD = 0x9E3779B97F4A7C15
+_MIX = 0xBF58476D1CE4E5B9
+"""Odd constants of splitmix64 (Steele, Lea, Flood 2014)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
@@ -91,13 +95,35 @@ def decode_tail(tail: Tail) -> tuple[float, dict[str, AttributeValue], bytes, Pr
     return norm, attributes, payload, provenance
 
 
-def row_hash(row_id: bytes, seq: int, vector: bytes | memoryview, tail: bytes) -> int:
-    """Returns the 64-bit hash of one row version that set checksums add up modulo 2**64.
+def content_hash(row_id: bytes, vector: bytes | memoryview, tail: bytes) -> int:
+    """Returns the 64-bit hash of a row without its sequence number.
 
-    row_id: the id in UTF-8. vector: the stored float32 bytes. tail: `encode_tail`. A change of any
-    byte of a row changes the sum.
+    row_id: the id in UTF-8. vector: the stored float32 bytes. tail: `encode_tail`.
     """
-    digest = xxhash.xxh3_64(seq.to_bytes(8, "little") + len(row_id).to_bytes(2, "little") + row_id)
+    digest = xxhash.xxh3_64(len(row_id).to_bytes(2, "little") + row_id)
     digest.update(vector)
     digest.update(tail)
     return digest.intdigest()
+
+
+def row_hash(row_id: bytes, seq: int, vector: bytes | memoryview, tail: bytes) -> int:
+    """Returns the 64-bit hash of one row version that set checksums add up modulo 2**64.
+
+    Arguments as `content_hash`. A change of any byte of a row changes the sum. The sequence number
+    is mixed in by arithmetic, so that loaded rows get theirs without being hashed again
+    (`row_hashes`): a multiplication that spreads it, then two rounds as in splitmix64.
+    """
+    mixed = (content_hash(row_id, vector, tail) + seq * _SPREAD) % SUM_MODULUS
+    mixed = (mixed ^ mixed >> 32) * _MIX % SUM_MODULUS
+    return mixed ^ mixed >> 29
+
+
+def row_hashes(
+    contents: npt.NDArray[np.uint64], seqs: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """Returns `row_hash` of many rows from their content hashes and sequence numbers."""
+    # Wraps at 2**64, as numpy's unsigned arrays do.
+    mixed: npt.NDArray[np.uint64] = contents + seqs * np.uint64(_SPREAD)
+    mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(_MIX)
+    mixed ^= mixed >> np.uint64(29)
+    return mixed

@@ -16,6 +16,7 @@ are measured apart:
 A row is missed by one or by the other, so misses add up at most (settings.py).
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -153,12 +154,12 @@ NO_CURVE: Final = RecallCurve(points=(), queries=0)
 
 
 def measure_recall(
-    index: CandidateIndex, vectors: Vectors, metric: Metric, seed: int
+    index: CandidateIndex, vectors: Vectors, metric: Metric, seed: int, *, threads: int = 1
 ) -> RecallCurve:
     """Measures codes and coverage with rows of the segment as queries.
 
-    The same index, vectors and seed give the same curve. O(QUERIES · n · d): 100,000 × 384 takes
-    about two seconds.
+    The same index, vectors and seed give the same curve, on any number of threads. O(QUERIES · n ·
+    d): 100,000 × 384 takes about two seconds.
     """
     random = np.random.default_rng(seed)
     sample = np.sort(random.permutation(len(vectors))[:QUERIES])
@@ -170,13 +171,27 @@ def measure_recall(
     for noise in QUERY_NOISES:
         drawn = random.standard_normal((len(sample), vectors.shape[1]), dtype=np.float32)
         asked.append((_moved(vectors[sample], noise * spread * drawn, centre), sample))
-    curves: list[list[CurvePoint]] = []
-    coverages: list[list[CoveragePoint]] = []
-    for queries, excluded in asked:
+
+    def measure(
+        queries: Vectors, excluded: npt.NDArray[np.int64]
+    ) -> tuple[list[CurvePoint], list[CoveragePoint]]:
         nearest = _nearest(index, vectors, metric, excluded, queries)
-        curves.append(_measure_codes(index, vectors, metric, excluded, queries, nearest))
-        if index.shape.lists > 1:
-            coverages.append(_measure_coverage(index, queries, nearest))
+        curve = _measure_codes(index, vectors, metric, excluded, queries, nearest)
+        lists = index.shape.lists
+        return curve, _measure_coverage(index, queries, nearest) if lists > 1 else []
+
+    def measure_beyond() -> list[BeyondPoint]:
+        return _measure_beyond(index, vectors, metric, mixed[:BEYOND_QUERIES])
+
+    if threads == 1:
+        measured, beyond = [measure(*each) for each in asked], measure_beyond()
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            running = [pool.submit(measure, *each) for each in asked]
+            last = pool.submit(measure_beyond)
+            measured, beyond = [each.result() for each in running], last.result()
+    curves = [curve for curve, _ in measured]
+    coverages = [coverage for _, coverage in measured if coverage]
     return RecallCurve(
         points=tuple(
             min(alike, key=lambda point: point.lower) for alike in zip(*curves, strict=True)
@@ -185,7 +200,7 @@ def measure_recall(
         coverage=tuple(
             min(alike, key=lambda point: point.lower) for alike in zip(*coverages, strict=True)
         ),
-        beyond=tuple(_measure_beyond(index, vectors, metric, mixed[:BEYOND_QUERIES])),
+        beyond=tuple(beyond),
     )
 
 

@@ -16,7 +16,9 @@ the same kernels, so a key depends on the values alone and not on how or where t
 One thread a call: each thread tells OpenMP so once, since FAISS's setting belongs to the thread.
 """
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from typing import Final, cast
 
 import faiss
@@ -68,6 +70,17 @@ def use_one_thread() -> None:
     if not hasattr(_this_thread, "single"):
         faiss.omp_set_num_threads(1)
         _this_thread.single = True
+
+
+@contextlib.contextmanager
+def several_threads(threads: int) -> Iterator[None]:
+    """Lets FAISS calls of the calling thread use so many: for builds of bulk loads."""
+    faiss.omp_set_num_threads(threads)
+    _this_thread.single = True  # so that nothing below takes them away again
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(1)
 
 
 def faiss_metric(metric: Metric) -> int:

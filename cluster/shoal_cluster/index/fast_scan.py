@@ -20,7 +20,7 @@ import xxhash
 from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import Metric
-from shoal_cluster.index.distances import Rows, faiss_metric, use_one_thread
+from shoal_cluster.index.distances import Rows, faiss_metric, several_threads, use_one_thread
 from shoal_cluster.index.families import CodeShape, Effort, Family
 from shoal_cluster.index.row_bits import RowBits, rows_in_bits
 
@@ -143,14 +143,13 @@ class FastScanIndex:
 
 
 def train_codes(
-    vectors: Vectors, metric: Metric, shape: CodeShape, seed: int
+    vectors: Vectors, metric: Metric, shape: CodeShape, seed: int, *, threads: int = 1
 ) -> faiss.IndexIVFPQFastScan:
     """Returns the codes of all rows; the same vectors, shape and seed give the same codes.
 
     Memory beside the vectors: the training rows (4,096, or LIST_TRAINING_ROWS a list), one block of
     rows being encoded, and the codes.
     """
-    use_one_thread()
     count, dimension = vectors.shape
     padded = -(-dimension // shape.values_a_code) * shape.values_a_code
     codes: faiss.IndexIVFPQFastScan = faiss.index_factory(
@@ -161,9 +160,10 @@ def train_codes(
     codes.cp.niter = LIST_TRAINING_ROUNDS
     wanted = max(CODE_TRAINING_ROWS_MAX, LIST_TRAINING_ROWS * shape.lists)
     sample = np.random.default_rng(seed).permutation(count)[:wanted]
-    codes.train(_padded_to(vectors[np.sort(sample)], padded))
-    for start in range(0, count, ADD_BLOCK_ROWS):
-        codes.add(_padded_to(vectors[start : start + ADD_BLOCK_ROWS], padded))
+    with several_threads(threads):
+        codes.train(_padded_to(vectors[np.sort(sample)], padded))
+        for start in range(0, count, ADD_BLOCK_ROWS):
+            codes.add(_padded_to(vectors[start : start + ADD_BLOCK_ROWS], padded))
     return codes
 
 

@@ -35,7 +35,9 @@ class SegmentEntry:
     """One segment as the manifest lists it.
 
     rows: rows in the files, dead ones included. dead: rows that `tombstones` marks dead; 0 and None
-    go together. sum: set checksum (domain/point.py row_hash) of the live rows.
+    go together. sum: set checksum (domain/point.py row_hash) of the live rows. seq_base: what is
+    added to the sequence numbers in the files: those of a bulk load are made before it is known
+    what they will be, of all others 0.
     """
 
     id: SegmentId
@@ -46,6 +48,7 @@ class SegmentEntry:
     tombstones: FileEntry | None
     dead: int
     sum: int
+    seq_base: int = 0
 
     @property
     def live(self) -> int:
@@ -61,6 +64,7 @@ class SegmentEntry:
             "tombstones": None if self.tombstones is None else self.tombstones.to_wire(),
             "dead": self.dead,
             "sum": self.sum,
+            "seq_base": self.seq_base,
         }
 
     @staticmethod
@@ -75,6 +79,7 @@ class SegmentEntry:
             tombstones=None if tombstones is None else FileEntry.from_wire(tombstones),
             dead=fields["dead"],
             sum=fields["sum"],
+            seq_base=fields["seq_base"],
         )
 
 
@@ -86,7 +91,8 @@ class Manifest:
     at or before floor_slot; floor_epoch, floor_put_id: of the record in floor_slot, so that the
     chain goes on from here. dedup: answered requests as of floor_slot (shard/dedup.py).
     schema_version: the collection schema the segments were built with. sum: set checksum of all
-    live rows, equal to the sum of the segments' sums modulo 2**64.
+    live rows, equal to the sum of the segments' sums modulo 2**64. loads: ids of the bulk loads
+    committed last, newest at the end.
     """
 
     version: ManifestVersion
@@ -101,6 +107,7 @@ class Manifest:
     dedup: Any
     schema_version: int
     sum: int
+    loads: tuple[str, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         """Returns the version's contents; its number and put id travel in the object's header."""
@@ -115,6 +122,7 @@ class Manifest:
             "dedup": self.dedup,
             "schema_version": self.schema_version,
             "sum": self.sum,
+            "loads": list(self.loads),
         }
 
     @staticmethod
@@ -133,4 +141,5 @@ class Manifest:
             dedup=fields["dedup"],
             schema_version=fields["schema_version"],
             sum=fields["sum"],
+            loads=tuple(fields["loads"]),
         )

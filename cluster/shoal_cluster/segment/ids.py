@@ -4,6 +4,7 @@ Invariant S-2: ids are unique within a segment. Lookup is a binary search over s
 then a comparison of the id's bytes; no Python object is held per row.
 """
 
+import copy
 from collections.abc import Sequence
 from typing import Final, cast
 
@@ -12,6 +13,7 @@ import numpy.typing as npt
 import xxhash
 
 from shoal_cluster.domain.errors import Corrupt
+from shoal_cluster.domain.point import row_hashes
 from shoal_cluster.segment.format import (
     HEADER_BYTES,
     IDS,
@@ -32,9 +34,9 @@ def write_ids(
     writer: FileWriter,
     ids: Sequence[bytes],
     seqs: npt.NDArray[np.uint64],
-    row_hashes: npt.NDArray[np.uint64],
+    contents: npt.NDArray[np.uint64],
 ) -> None:
-    """Writes the whole file. ids: unique, in row order."""
+    """Writes the whole file. ids: unique, in row order. contents: their `content_hash`."""
     count = len(ids)
     assert len(set(ids)) == count, "S-2: ids are unique within a segment"
     offsets = np.zeros(count + 1, dtype=np.uint64)
@@ -47,7 +49,7 @@ def write_ids(
     writer.write(encode_header(MAGIC, [count, int(offsets[-1])]))
     writer.write_array(offsets.astype(np.uint32))
     writer.write_array(seqs)
-    writer.write_array(row_hashes)
+    writer.write_array(contents)
     writer.write_array(hashes[order])
     writer.write_array(order)
     writer.align()
@@ -55,9 +57,12 @@ def write_ids(
 
 
 class IdTable:
-    """Reads the mapped file; safe on any number of threads."""
+    """Reads the mapped file; safe on any number of threads.
 
-    def __init__(self, file: MappedFile) -> None:
+    seq_base: added to the sequence numbers in the file (manifest/manifest.py SegmentEntry).
+    """
+
+    def __init__(self, file: MappedFile, seq_base: int = 0) -> None:
         count, id_bytes, *_ = file.numbers(MAGIC)
         offset = HEADER_BYTES
         arrays = []
@@ -72,8 +77,9 @@ class IdTable:
             offset = aligned(offset + arrays[-1].nbytes)
         self.rows = count
         self._offsets = cast(npt.NDArray[np.uint32], arrays[0])
-        self.seqs = cast(npt.NDArray[np.uint64], arrays[1])
-        self.row_hashes = cast(npt.NDArray[np.uint64], arrays[2])
+        self._stored_seqs = cast(npt.NDArray[np.uint64], arrays[1])
+        self.contents = cast(npt.NDArray[np.uint64], arrays[2])
+        self._seq_base = np.uint64(seq_base)
         self._hashes = cast(npt.NDArray[np.uint64], arrays[3])
         self._sorted_rows = cast(npt.NDArray[np.uint32], arrays[4])
         if offset + id_bytes != file.contents.nbytes:
@@ -83,6 +89,32 @@ class IdTable:
             )
         self._bytes = file.contents[offset:]
         self.mapped_bytes = file.contents.nbytes
+
+    def rebased(self, seq_base: int) -> "IdTable":
+        """Returns the same table with another `seq_base`; nothing is copied."""
+        other = copy.copy(self)
+        other._seq_base = np.uint64(seq_base)
+        return other
+
+    def seqs_of(self, rows: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.uint64]:
+        """Returns the sequence numbers of rows."""
+        found: npt.NDArray[np.uint64] = self._stored_seqs[rows] + self._seq_base
+        return found
+
+    def seq_of(self, row: int) -> int:
+        """Returns the sequence number of a row."""
+        return int(self._stored_seqs[row]) + int(self._seq_base)
+
+    def hashes_of(self, rows: npt.NDArray[np.integer] | slice) -> npt.NDArray[np.uint64]:
+        """Returns the hashes of rows (domain/point.py `row_hash`)."""
+        return row_hashes(self.contents[rows], self.seqs_of(rows))
+
+    def rows_also_in(self, other: "IdTable") -> npt.NDArray[np.int64]:
+        """Returns the rows whose ids may be in `other`: their hashes are. 0.2 µs a row."""
+        inside = np.minimum(other._hashes.searchsorted(self._hashes), other.rows - 1)
+        places = np.flatnonzero(other._hashes[inside] == self._hashes)
+        found: npt.NDArray[np.int64] = self._sorted_rows[places].astype(np.int64)
+        return found
 
     def id_of(self, row: int) -> bytes:
         """Returns the id of a row, 0 ≤ row < rows."""

@@ -77,6 +77,9 @@ LOCAL_SHARE_MIN = 0.6
 256 sampled rows at 5 %, chance alone takes one query in fifteen there, to no harm but its time."""
 
 
+_ALL = slice(None)
+
+
 class SegmentReader:
     """Reads and searches one segment."""
 
@@ -106,12 +109,13 @@ class SegmentReader:
 
     @staticmethod
     def open(
-        segment_id: str, files: Mapping[str, Path], schema: CollectionSchema
+        segment_id: str, files: Mapping[str, Path], schema: CollectionSchema, seq_base: int = 0
     ) -> "SegmentReader":
         """Maps the files of a segment. Reads headers and codes only; a millisecond or two.
 
         files: file name (`vectors`, …) to local file, all that the manifest lists. Checksums
-        are not compared here: `verification.verify_files` reads everything.
+        are not compared here: `verification.verify_files` reads everything. seq_base: as the
+        manifest says, added to the rows' sequence numbers.
 
         Raises: Corrupt when a file is missing, cut short or contradicts the others; Conflict when a
         newer Shoal wrote it.
@@ -134,7 +138,7 @@ class SegmentReader:
             meta=meta,
             residence=residence,
             index=_open_index(mapped.get(layout.CODES), meta),
-            ids=IdTable(mapped[layout.IDS]),
+            ids=IdTable(mapped[layout.IDS], seq_base),
             payload=PayloadFile(mapped[layout.PAYLOAD]),
             columns=Columns.open(mapped[layout.ATTRIBUTES].contents),
             # The codes are copied into memory, so their mapping ends with `open`.
@@ -150,12 +154,19 @@ class SegmentReader:
 
         Reads all vectors when that is full. This reader stays as it is for those who use it.
         """
+        return self._with(self._residence.moved_to(tier), self._ids)
+
+    def rebased(self, seq_base: int) -> "SegmentReader":
+        """Returns a reader of the same files whose rows' sequence numbers have another base."""
+        return self._with(self._residence, self._ids.rebased(seq_base))
+
+    def _with(self, residence: Residence, ids: IdTable) -> "SegmentReader":
         return SegmentReader(
             segment_id=self.segment_id,
             meta=self.meta,
-            residence=self._residence.moved_to(tier),
+            residence=residence,
             index=self._index,
-            ids=self._ids,
+            ids=ids,
             payload=self._payload,
             columns=self._columns,
             mapped_bytes=self._mapped_bytes,
@@ -181,13 +192,31 @@ class SegmentReader:
 
     @property
     def seqs(self) -> npt.NDArray[np.uint64]:
-        """Sequence number of each row, (n,), read-only."""
-        return self._ids.seqs
+        """Sequence number of each row, (n,): made anew, for a few rows ask `seqs_of`."""
+        return self._ids.seqs_of(_ALL)
 
     @property
     def row_hashes(self) -> npt.NDArray[np.uint64]:
-        """Hash of each row (domain/point.py `row_hash`), (n,), read-only."""
-        return self._ids.row_hashes
+        """Hash of each row, (n,): made anew, for a few rows ask `hashes_of`."""
+        return self._ids.hashes_of(_ALL)
+
+    def seqs_of(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+        """Returns the sequence numbers of rows."""
+        return self._ids.seqs_of(rows)
+
+    def seq_of(self, row: int) -> int:
+        """Returns the sequence number of a row."""
+        return self._ids.seq_of(row)
+
+    def hashes_of(self, rows: npt.NDArray[np.integer]) -> npt.NDArray[np.uint64]:
+        """Returns the hashes of rows (domain/point.py `row_hash`)."""
+        return self._ids.hashes_of(rows)
+
+    def rows_found_in(self, other: "SegmentReader") -> npt.NDArray[np.int64]:
+        """Returns the rows of `other`, ascending, whose ids are in this segment too."""
+        likely = self._ids.rows_also_in(other._ids)
+        rows = other.lookup(self.ids_of(likely))
+        return np.unique(rows[rows >= 0])
 
     @property
     def statistics(self) -> SegmentStatistics:
@@ -454,7 +483,7 @@ class SegmentReader:
         """Returns rows as a build takes them, for compaction; their vectors are copied."""
         return SegmentInput(
             ids=self.ids_of(rows),
-            seqs=self.seqs[rows],
+            seqs=self.seqs_of(rows),
             vectors=widened(np.ascontiguousarray(self.vectors[rows])),
             tails=self.tails(rows),
         )

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.index.distances import widened
 from shoal_cluster.segment import format as layout
-from shoal_cluster.segment.build import SegmentInput, row_hashes
+from shoal_cluster.segment.build import SegmentInput, content_hashes
 from shoal_cluster.segment.format import map_file
 from shoal_cluster.segment.ids import IdTable
 from shoal_cluster.segment.payload import PayloadFile
@@ -27,28 +27,28 @@ ROW_FILES: Final = (layout.VECTORS, layout.IDS, layout.PAYLOAD)
 DERIVED_FILES: Final = (layout.CODES, layout.ATTRIBUTES, layout.META)
 
 
-def read_rows(segment_id: str, files: Mapping[str, Path]) -> SegmentInput:
+def read_rows(segment_id: str, files: Mapping[str, Path], seq_base: int = 0) -> SegmentInput:
     """Returns all rows, dead ones included, in row order; float32 vectors are a mapped view.
 
-    files: at least ROW_FILES, whose checksums the caller has compared.
+    files: at least ROW_FILES, whose checksums the caller has compared. seq_base: see IdTable.
 
     Raises: Corrupt when the files contradict each other or a row does not match its hash (S-4).
     """
     mapped = {name: map_file(f"{segment_id}/{name}", files[name]) for name in ROW_FILES}
     vectors = stored_vectors(mapped[layout.VECTORS])
     rows = len(vectors)
-    ids, payload = IdTable(mapped[layout.IDS]), PayloadFile(mapped[layout.PAYLOAD])
+    ids, payload = IdTable(mapped[layout.IDS], seq_base), PayloadFile(mapped[layout.PAYLOAD])
     counts = {layout.VECTORS: rows, layout.IDS: ids.rows, layout.PAYLOAD: payload.rows}
     if len(set(counts.values())) != 1:
         raise Corrupt(f"segment {segment_id} has files of different rows: {counts}")
     every_row = np.arange(rows)
     found = SegmentInput(
         ids=ids.ids_of(every_row),
-        seqs=ids.seqs,
+        seqs=ids.seqs_of(every_row),
         vectors=widened(vectors),
         tails=payload.tails(every_row),
     )
-    wrong = np.flatnonzero(row_hashes(found) != ids.row_hashes)
+    wrong = np.flatnonzero(content_hashes(found) != ids.contents)
     if len(wrong):
         raise Corrupt(
             f"segment {segment_id} has {len(wrong)} rows that do not match their hash, "

@@ -33,7 +33,7 @@ def seqs_of(snapshot: Snapshot, places: Sequence[Place]) -> list[int]:
     return [
         snapshot.memtables[-1 - number].memtable.seqs[row]
         if number < 0
-        else int(snapshot.segments[number].reader.seqs[row])
+        else snapshot.segments[number].reader.seq_of(row)
         for number, row in places
     ]
 

@@ -244,7 +244,7 @@ def _hits_of_segment(part: _Part, snapshot: Snapshot) -> ShardHits:
         counts=counts,
         ids=reader.ids_of(rows),
         keys=keys,
-        seqs=reader.seqs[rows].tolist(),
+        seqs=reader.seqs_of(rows).tolist(),
         places=[(part.number, row) for row in rows.tolist()],
     )
 
@@ -275,5 +275,5 @@ def _ids_and_seqs(
         else:
             reader = snapshot.segments[number].reader
             ids.append(reader.id_of(row))
-            seqs.append(int(reader.seqs[row]))
+            seqs.append(reader.seq_of(row))
     return ids, seqs

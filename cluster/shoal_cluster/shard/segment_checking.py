@@ -65,7 +65,8 @@ def check_segment(view: SegmentView, *, deep: bool) -> Iterator[Problem]:
     """Yields what contradicts the manifest entry or, when `deep`, the rows themselves."""
     entry, reader = view.entry, view.reader
     meta_key = _file(entry, layout.META).key
-    found = (reader.meta.rows, reader.meta.min_seq, reader.meta.max_seq)
+    base = entry.seq_base
+    found = (reader.meta.rows, reader.meta.min_seq + base, reader.meta.max_seq + base)
     if found != (entry.rows, entry.min_seq, entry.max_seq):
         listed = (entry.rows, entry.min_seq, entry.max_seq)
         yield Problem(
@@ -74,20 +75,22 @@ def check_segment(view: SegmentView, *, deep: bool) -> Iterator[Problem]:
             message=f"meta says (rows, min_seq, max_seq) {found}, the manifest {listed}",
         )
     ids_key = _file(entry, layout.IDS).key
-    if (int(reader.seqs.min()), int(reader.seqs.max())) != (entry.min_seq, entry.max_seq):
+    seqs, hashes = reader.seqs, reader.row_hashes
+    if (int(seqs.min()), int(seqs.max())) != (entry.min_seq, entry.max_seq):
         yield Problem(
             key=ids_key,
             invariant="M-4",
-            message=f"rows have seq {reader.seqs.min()}..{reader.seqs.max()}, the manifest lists "
+            message=f"rows have seq {seqs.min()}..{seqs.max()}, the manifest lists "
             f"{entry.min_seq}..{entry.max_seq}",
         )
-    total = int(reader.row_hashes.sum(dtype=np.uint64))
-    buried = int(reader.row_hashes[to_rows(view.sealed_dead)].sum(dtype=np.uint64))
-    if total != reader.meta.sum or (total - buried) % SUM_MODULUS != entry.sum:
+    as_stored = int(reader.rebased(0).row_hashes.sum(dtype=np.uint64))
+    total = int(hashes.sum(dtype=np.uint64))
+    buried = int(hashes[to_rows(view.sealed_dead)].sum(dtype=np.uint64))
+    if as_stored != reader.meta.sum or (total - buried) % SUM_MODULUS != entry.sum:
         yield Problem(
             key=ids_key,
             invariant="M-1",
-            message=f"hashes sum to {total:016x}, of the living rows to "
+            message=f"hashes sum to {as_stored:016x}, of the living rows to "
             f"{(total - buried) % SUM_MODULUS:016x}; meta says {reader.meta.sum:016x}, the "
             f"manifest {entry.sum:016x}",
         )
@@ -120,11 +123,12 @@ def _check_rows(entry: SegmentEntry, reader: SegmentReader) -> Iterator[Problem]
                 message=f"rows {start} and after do not decode: {error}",
             )
             return
-        ids = reader.ids_of(rows)
+        ids, seqs, hashes = reader.ids_of(rows), reader.seqs_of(rows), reader.hashes_of(rows)
         lost |= BitMap(rows[reader.lookup(ids) != rows].tolist())
         for row, point_id, tail in zip(rows.tolist(), ids, tails, strict=True):
             vector = reader.vector(row).tobytes()
-            if row_hash(point_id, int(reader.seqs[row]), vector, tail) != reader.row_hashes[row]:
+            at = row - start
+            if row_hash(point_id, int(seqs[at]), vector, tail) != hashes[at]:
                 wrong_hashes.add(row)
             if row and point_id <= previous:
                 out_of_order.add(row)

@@ -280,14 +280,14 @@ def _verify_and_open(
     entry: SegmentEntry, schema: CollectionSchema, paths: Mapping[str, Path]
 ) -> SegmentReader:
     verify_files(paths, entry.files)
-    return SegmentReader.open(entry.id, paths, schema)
+    return SegmentReader.open(entry.id, paths, schema, entry.seq_base)
 
 
 def _verify_and_read(
     entry: SegmentEntry, paths: Mapping[str, Path], rows: npt.NDArray[int64]
 ) -> SegmentInput:
     verify_files(paths, [file for file in entry.files if file.name in ROW_FILES])
-    return take_rows(read_rows(entry.id, paths), rows)
+    return take_rows(read_rows(entry.id, paths, entry.seq_base), rows)
 
 
 def _verify_and_rebuild(

@@ -19,6 +19,7 @@ from shoal_cluster.domain.ids import (
     Slot,
 )
 from shoal_cluster.domain.keys import ShardKeys, padded
+from shoal_cluster.domain.limits import LOADS_REMEMBERED
 from shoal_cluster.manifest import invariants
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
@@ -67,7 +68,7 @@ def test_a_manifest_comes_back_as_it_went():
 
 
 def test_a_sound_manifest_keeps_all_invariants():
-    """M-1 to M-6."""
+    """M-1 to M-7."""
     assert invariants.violations(MANIFEST) == []
 
 
@@ -83,6 +84,8 @@ def test_a_sound_manifest_keeps_all_invariants():
         ("M-4", replace(MANIFEST, floor_seq=Seq(29))),
         ("M-4", replace(MANIFEST, segments=(replace(SEGMENT, min_seq=Seq(31)),))),
         ("M-6", replace(MANIFEST, floor_epoch=Epoch(3))),
+        ("M-7", replace(MANIFEST, loads=("a", "b", "a"))),
+        ("M-7", replace(MANIFEST, loads=tuple(map(str, range(LOADS_REMEMBERED + 1))))),
     ],
 )
 def test_a_broken_invariant_is_named(invariant, broken):
