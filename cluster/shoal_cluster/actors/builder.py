@@ -1,8 +1,8 @@
 """Builds in processes of their own, away from the serving actors and below them in priority.
 
-A shard server has two builders, one that seals and one that merges, because a seal holds up
-writers when it waits behind a merge of minutes. Each carries out one order at a time, is started
-by its first order and goes when it has had none for IDLE_S, so a quiet server pays for none.
+A shard server has a builder that seals and one that merges, because a seal holds up writers when it
+waits behind a merge of minutes, and some for bulk loads. Each carries out one order at a time, is
+started by its first order and goes when it has had none for IDLE_S: a quiet server pays for none.
 
 Actors and not tasks: Ray ends a task's process as soon as the program that started the cluster
 has gone, so every seal started a process anew (two, in fact), and the second of processor time
@@ -10,6 +10,7 @@ that takes came off the writes that had filled the memtable.
 """
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from shoal_cluster.segment.build import SegmentInput
 from shoal_cluster.shard.build_memory import bounded_memory
 from shoal_cluster.shard.building import BuildOrder, execute_build
 from shoal_cluster.shard.compute import InlineCompute
+from shoal_cluster.shard.loading import BUILDS_AT_ONCE
 from shoal_cluster.telemetry.logs import configure_logging
 
 _log = structlog.get_logger()
@@ -38,6 +40,10 @@ BUILD_TIMEOUT_S = 3600.0
 
 IDLE_S = 30.0
 """Above the pause between two seals of a shard that takes 50 rows a second."""
+
+LOAD_THREADS = min(os.cpu_count() or 1, 4)
+"""Of a build for a bulk load, whose caller waits for it; builders are below the serving actors in
+priority, so more than the cores they leave gains nothing."""
 
 NICENESS = 10
 """Above the serving actors': about a tenth of a core that they want too, all of one they leave."""
@@ -66,6 +72,7 @@ class Builder:
                     SystemClock(),
                     InlineCompute(),
                     rows,
+                    threads=LOAD_THREADS,
                 )
         except ShoalError as error:
             return {"error": to_wire(error)}
@@ -83,21 +90,33 @@ class Builder:
 
 
 class RayBuilds:
-    """The Builds port (shard/building.py) over a server's two builders."""
+    """The Builds port (shard/building.py) over a server's builders."""
 
     def __init__(self, configuration: ClusterConfiguration, server: str) -> None:
         self._sealing = _Lane(configuration, f"{server}-sealing")
         self._merging = _Lane(configuration, f"{server}-merging")
+        self._loading = [
+            _Lane(configuration, f"{server}-loading-{number}") for number in range(BUILDS_AT_ONCE)
+        ]
 
     async def build(
         self, order: BuildOrder, rows: SegmentInput | None = None
     ) -> SegmentEntry | None:
-        lane = self._merging if order.sources else self._sealing
+        if order.chunks:
+            lane = min(self._loading, key=lambda lane: lane.orders)
+        else:
+            lane = self._merging if order.sources else self._sealing
         return await lane.build(order, rows)
+
+    def expect_load(self) -> None:
+        self._loading[0].warm_up()
 
 
 class _Lane:
-    """One builder, while there is something to build; it dies with the server that made it."""
+    """One builder, while there is something to build; it dies with the server that made it.
+
+    orders: those it carries out or that wait for it.
+    """
 
     def __init__(self, configuration: ClusterConfiguration, name: str) -> None:
         self._configuration = configuration
@@ -105,18 +124,35 @@ class _Lane:
         self._turn = asyncio.Lock()
         self._builder: ActorHandle[Any] | None = None
         self._retirement: asyncio.TimerHandle | None = None
+        self.orders = 0
+
+    def warm_up(self) -> None:
+        """Starts the builder, which takes a second or two, for an order that is about to come."""
+        if self._builder is None and not self.orders:
+            self._builder = self._start()
+            self._retire_later()
+
+    def _retire_later(self) -> None:
+        self._retirement = asyncio.get_running_loop().call_later(IDLE_S, self._retire)
 
     async def build(self, order: BuildOrder, rows: SegmentInput | None) -> SegmentEntry | None:
+        self.orders += 1
+        try:
+            result = await self._in_turn(order, rows)
+        finally:
+            self.orders -= 1
+        if "error" in result:
+            raise from_wire(result["error"])
+        return None if result["entry"] is None else SegmentEntry.from_wire(result["entry"])
+
+    async def _in_turn(self, order: BuildOrder, rows: SegmentInput | None) -> dict[str, Any]:
         async with self._turn:
             if self._retirement is not None:
                 self._retirement.cancel()
             try:
-                result = await self._carry_out(order, rows)
+                return await self._carry_out(order, rows)
             finally:
-                self._retirement = asyncio.get_running_loop().call_later(IDLE_S, self._retire)
-        if "error" in result:
-            raise from_wire(result["error"])
-        return None if result["entry"] is None else SegmentEntry.from_wire(result["entry"])
+                self._retire_later()
 
     async def _carry_out(self, order: BuildOrder, rows: SegmentInput | None) -> dict[str, Any]:
         """Returns what `Builder.build` does. A builder that did not get to the end is ended.

@@ -21,7 +21,15 @@ def environment(*, niceness: int = 0) -> dict[str, Any]:
     niceness: added to that of Ray itself. Left alone, Ray gives every worker 15, and then its own
     daemons, and every process that is just starting, take the cores from those that serve.
     """
-    return {"env_vars": {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": str(niceness)}}
+    return {
+        "env_vars": {
+            "OMP_NUM_THREADS": "1",
+            # A build that uses several threads shares its cores: one that waits must not spin.
+            # 100,000 x 384 on two busy cores took 20 s of processor time spinning, 4.7 s without.
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "RAY_worker_niceness": str(niceness),
+        }
+    }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

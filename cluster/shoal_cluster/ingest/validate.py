@@ -97,7 +97,9 @@ class Tails:
     partition_values: list[str] = field(default_factory=list)
 
 
-def check_batch(request: UpsertRequest, schema: CollectionSchema) -> Batch:
+def check_batch(
+    request: UpsertRequest, schema: CollectionSchema, *, points_max: int = BATCH_POINTS_MAX
+) -> Batch:
     """Checks sizes, ids and vectors of an upsert; vectorised over the block of vectors.
 
     Raises: InvalidRequest naming the field, e.g. `points[3].vector`, and the limit (nothing was
@@ -105,14 +107,14 @@ def check_batch(request: UpsertRequest, schema: CollectionSchema) -> Batch:
     """
     require_model(request.model, schema.model, schema.name)
     count = len(request.ids)
-    if not 1 <= count <= BATCH_POINTS_MAX:
+    if not 1 <= count <= points_max:
         raise InvalidRequest(
             f"the batch holds {count} points",
             field="points",
-            limit=f"1 to {BATCH_POINTS_MAX} points",
+            limit=f"1 to {points_max} points",
         )
     _require_parallel(request, count)
-    ids = encode_ids(request.ids, field="points[{}].id")
+    ids = encode_ids(request.ids, field="points[{}].id", ids_max=points_max)
     require_dimension(request.vectors, schema.dimension, schema.name, field="points[0].vector")
     vectors, norms = prepare_vectors(request.vectors, schema.metric, field=_vector_field)
     stored = as_stored(vectors, schema.storage, field=_vector_field)
@@ -197,16 +199,18 @@ def check_patch(request: PatchRequest, schema: CollectionSchema) -> list[dict[st
     return patches
 
 
-def encode_ids(ids: Sequence[str], *, field: str = "ids[{}]") -> list[bytes]:
+def encode_ids(
+    ids: Sequence[str], *, field: str = "ids[{}]", ids_max: int = BATCH_POINTS_MAX
+) -> list[bytes]:
     """Returns the ids in UTF-8.
 
     field: where id i stands in the request, with `{}` for i.
 
     Raises: InvalidRequest naming the first id that is empty, too long, or there twice.
     """
-    if not 1 <= len(ids) <= BATCH_POINTS_MAX:
+    if not 1 <= len(ids) <= ids_max:
         raise InvalidRequest(
-            f"the request names {len(ids)} ids", field="ids", limit=f"1 to {BATCH_POINTS_MAX} ids"
+            f"the request names {len(ids)} ids", field="ids", limit=f"1 to {ids_max} ids"
         )
     try:
         encoded = [point_id.encode() for point_id in ids]

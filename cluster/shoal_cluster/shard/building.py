@@ -12,6 +12,7 @@ import functools
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,14 +21,15 @@ import numpy as np
 from shoal_cluster.bucket.create import create_file_once
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain.clock import Clock
-from shoal_cluster.domain.errors import Conflict, Unavailable
+from shoal_cluster.domain.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from shoal_cluster.domain.ids import CollectionId, SegmentId, Seq, ShardNumber, Slot
-from shoal_cluster.domain.keys import ShardKeys
+from shoal_cluster.domain.keys import LoadKeys, ShardKeys
 from shoal_cluster.domain.point import Vector
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.manifest.manifest import FileEntry, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
 from shoal_cluster.shard.compute import Compute
+from shoal_cluster.shard.load_objects import read_rows
 from shoal_cluster.shard.memtable import MemtableView
 from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_cluster.wal.log import Wal
@@ -39,7 +41,9 @@ _NO_SLOT = Slot(0)
 class BuildOrder:
     """What to build. wal_first..wal_last: slots whose surviving upserts go in (none if last is 0).
 
-    sources: segments whose live rows go in (compaction). seed: for calibration and training.
+    sources: segments whose live rows go in (compaction). load, chunks: `rows` staged ones go in,
+    with sequence numbers from first_seq on (docs/design/bulk-load.md). seed: for calibration and
+    training.
     """
 
     schema: CollectionSchema
@@ -49,6 +53,10 @@ class BuildOrder:
     wal_first: Slot = _NO_SLOT
     wal_last: Slot = _NO_SLOT
     sources: tuple[SegmentEntry, ...] = ()
+    load: str = ""
+    chunks: tuple[str, ...] = ()
+    rows: int = 0
+    first_seq: int = 1
     seed: int = 0
 
     @property
@@ -64,6 +72,10 @@ class BuildOrder:
             "wal_first": self.wal_first,
             "wal_last": self.wal_last,
             "sources": [source.to_wire() for source in self.sources],
+            "load": self.load,
+            "chunks": self.chunks,
+            "rows": self.rows,
+            "first_seq": self.first_seq,
             "seed": self.seed,
         }
 
@@ -77,6 +89,10 @@ class BuildOrder:
             wal_first=fields["wal_first"],
             wal_last=fields["wal_last"],
             sources=tuple(SegmentEntry.from_wire(source) for source in fields["sources"]),
+            load=fields["load"],
+            chunks=tuple(fields["chunks"]),
+            rows=fields["rows"],
+            first_seq=fields["first_seq"],
             seed=fields["seed"],
         )
 
@@ -96,6 +112,10 @@ class Builds(Protocol):
         """
         ...
 
+    def expect_load(self) -> None:
+        """Says that rows of a bulk load are being staged: what builds them may be started."""
+        ...
+
 
 class LocalBuilds:
     """Builds in this process."""
@@ -113,6 +133,9 @@ class LocalBuilds:
             order, self._store, self._scratch, self._clock, self._compute, rows
         )
 
+    def expect_load(self) -> None:
+        pass
+
 
 async def execute_build(
     order: BuildOrder,
@@ -121,15 +144,18 @@ async def execute_build(
     clock: Clock,
     compute: Compute,
     rows: SegmentInput | None = None,
+    threads: int = 1,
 ) -> SegmentEntry | None:
     """Carries out an order; see `Builds.build`. scratch: an existing directory.
+
+    threads: that a segment of a bulk load is built on.
 
     Raises: Unavailable when the bucket does not answer or `scratch` is full; Corrupt naming a
     source that is damaged.
     """
     try:
         with tempfile.TemporaryDirectory(dir=scratch, prefix="build-") as folder:
-            return await _build_in(Path(folder), order, store, clock, compute, rows)
+            return await _build_in(Path(folder), order, store, clock, compute, rows, threads)
     except OSError as error:
         raise Unavailable(f"build {order.segment} cannot use {scratch}: {error}") from error
 
@@ -141,6 +167,7 @@ async def _build_in(
     clock: Clock,
     compute: Compute,
     rows: SegmentInput | None,
+    threads: int,
 ) -> SegmentEntry | None:
     if rows is None:
         rows = await _collect_rows(order, store, directory, clock, compute)
@@ -149,9 +176,10 @@ async def _build_in(
     rows = _sort_by_id(rows)  # by this name, so that the unsorted ones are let go
     target = directory / "segment"
     target.mkdir()
-    built = await compute.run(
-        functools.partial(build_segment, rows, order.schema, target, seed=order.seed)
-    )
+    build = functools.partial(build_segment, rows, order.schema, target, seed=order.seed)
+    if order.chunks:
+        build = functools.partial(build, threads=threads)
+    built = await compute.run(build)
     keys = ShardKeys(order.collection, order.shard)
     files = []
     for file in built.files:
@@ -192,11 +220,49 @@ async def _collect_rows(
         parts.append(await files.rows(source))
     if order.wal_last:
         parts.append(await _rows_of_wal(order, store, clock))
+    if order.chunks:
+        return await _rows_of_load(order, store)
     return SegmentInput(
         ids=[point_id for part in parts for point_id in part.ids],
         seqs=np.concatenate([part.seqs for part in parts]),
         vectors=np.concatenate([part.vectors for part in parts]),
         tails=[tail for part in parts for tail in part.tails],
+    )
+
+
+async def _rows_of_load(order: BuildOrder, store: Store) -> SegmentInput:
+    """Returns staged rows in the order of the chunks.
+
+    Raises: NotFound naming a chunk that is gone; InvalidRequest naming an id that is there twice.
+    """
+    keys = LoadKeys(order.collection, order.shard, order.load)
+    ids: list[bytes] = []
+    tails: list[bytes] = []
+    vectors = np.empty((order.rows, order.schema.dimension), dtype=np.float32)
+    for chunk in order.chunks:
+        part = await read_rows(store, keys, chunk)
+        if part is None:
+            raise NotFound(f"chunk {chunk} of load {order.load} is gone: the load was aborted")
+        vectors[len(ids) : len(ids) + len(part.ids)] = part.vectors
+        ids.extend(part.ids)
+        tails.extend(map(bytes, part.tails))
+    if len(set(ids)) < len(ids):
+        twice = next(a for a, b in pairwise(sorted(ids)) if a == b)
+        raise there_twice(twice)
+    return SegmentInput(
+        ids=ids,
+        seqs=np.arange(order.first_seq, order.first_seq + order.rows, dtype=np.uint64),
+        vectors=vectors,
+        tails=tails,
+    )
+
+
+def there_twice(point_id: bytes) -> InvalidRequest:
+    return InvalidRequest(
+        f"the id {point_id.decode(errors='replace')!r} is in the load twice; which of the two to "
+        "keep is not defined. Nothing was changed; abort the load and give it distinct ids",
+        field="ids",
+        limit="distinct ids in one load",
     )
 
 

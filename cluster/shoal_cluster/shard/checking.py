@@ -23,6 +23,7 @@ from shoal_cluster.domain.keys import (
     CATALOG_PREFIX,
     CLUSTER_KEY,
     COLLECTIONS_PREFIX,
+    LoadKeys,
     ShardKeys,
     number_of,
 )
@@ -33,6 +34,12 @@ from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
 from shoal_cluster.manifest.version_log import Version, VersionLog
 from shoal_cluster.shard.compute import InlineCompute
 from shoal_cluster.shard.deletions import decode_deletion
+from shoal_cluster.shard.load_objects import (
+    decode_decision,
+    read_prepared,
+    read_receipt,
+    read_rows,
+)
 from shoal_cluster.shard.segment_checking import (
     Problem,
     check_segment,
@@ -111,6 +118,7 @@ class _Check:
     async def run(self) -> None:
         await self._check_cluster()
         schemas = await self._check_catalog()
+        await self._check_decisions()
         shards = self._shards_present()
         for keys, found in sorted(shards.items(), key=lambda item: item[0].prefix):
             schema = None if schemas is None else schemas.get(keys.collection)
@@ -229,6 +237,8 @@ class _Check:
             if not key.startswith(COLLECTIONS_PREFIX):
                 continue
             parts = key.split("/")
+            if len(parts) == 4 and parts[2] == "load":
+                continue
             if len(parts) < 6 or parts[2] != "s" or not parts[3].isdigit():
                 self.notes.append(f"{key} is no object of ours")
                 self._count()
@@ -249,6 +259,7 @@ class _Check:
         if newest is not None and schema is not None and known:
             views = await self._check_segments(newest, schema)
         await self._check_deletions(keys, found)
+        await self._check_loads(keys, found)
         log = await self._check_log(keys, found, newest if known else None)
         if newest is None or not known:
             return
@@ -311,6 +322,37 @@ class _Check:
                     decode_deletion(body, keys, key=key)
             except Corrupt as error:
                 self._report(key, "B-4", error.message)
+
+    async def _check_loads(self, keys: ShardKeys, found: list[str]) -> None:
+        """Reads what bulk loads have staged and prepared; what is decided is checked apart."""
+        loads: dict[str, int] = {}
+        for key in sorted(key for key in found if key.startswith(keys.loads)):
+            load, part, name = key.removeprefix(keys.loads).split("/", 2)
+            load_keys = LoadKeys(keys.collection, keys.shard, load)
+            loads[load] = loads.get(load, 0) + 1
+            self._count()
+            try:
+                if part == "rows":
+                    await read_rows(self._store, load_keys, name)
+                elif part == "receipt":
+                    await read_receipt(self._store, load_keys, name)
+                else:
+                    await read_prepared(self._store, load_keys, key)
+            except Corrupt as error:
+                self._report(key, "B-4", error.message)
+        for load, count in loads.items():
+            self.notes.append(f"{keys.loads}{load}/ has {count} objects of a bulk load on its way")
+
+    async def _check_decisions(self) -> None:
+        for key in sorted(self._sizes):
+            parts = key.split("/")
+            if key.startswith(COLLECTIONS_PREFIX) and len(parts) == 4 and parts[2] == "load":
+                body = await self._body(key)
+                try:
+                    if body is not None:
+                        decode_decision(body, key=key)
+                except Corrupt as error:
+                    self._report(key, "B-4", error.message)
 
     async def _check_file(self, file: FileEntry) -> None:
         digest = hashlib.sha256()

@@ -29,14 +29,15 @@ ENTRIES_KEPT = 500
 NOT_LISTED = "no manifest lists it, and whoever made it will not commit it any more"
 SEALED = "its slot is at or below the manifest's floor, and it is no fence"
 SUPERSEDED = "a newer manifest has replaced it"
+LOAD_ENDED = "its bulk load is committed here, or aborted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deletion:
     """What one round deleted, and by which manifest. wall_ms: of the primary's clock, for people.
 
-    segment_objects: keys below the shard's prefix. slots, versions: first and last of each run of
-    log slots and of manifest versions.
+    segment_objects: keys below the shard's prefix, of bulk loads too. slots, versions: first and
+    last of each run of log slots and of manifest versions.
     """
 
     epoch: Epoch
@@ -50,8 +51,9 @@ class Deletion:
 
     def reason_of(self, keys: ShardKeys, key: str) -> str | None:
         """Returns why `key` was deleted by this round, or None when it was not."""
-        if key.removeprefix(keys.prefix) in self.segment_objects:
-            return NOT_LISTED
+        name = key.removeprefix(keys.prefix)
+        if name in self.segment_objects:
+            return _reason_of(keys, name)
         number = key.rsplit("/", 1)[-1]
         if number.isdigit():
             for prefix, found, reason in (
@@ -65,7 +67,7 @@ class Deletion:
     def lines(self, keys: ShardKeys) -> list[tuple[str, str]]:
         """Returns (objects, reason) for people, runs of numbers as such."""
         return [
-            *((f"{keys.prefix}{name}", NOT_LISTED) for name in self.segment_objects),
+            *((f"{keys.prefix}{name}", _reason_of(keys, name)) for name in self.segment_objects),
             *((_run(keys.wal, run), SEALED) for run in self.slots),
             *((_run(keys.manifests, run), SUPERSEDED) for run in self.versions),
         ]
@@ -180,6 +182,10 @@ async def read_deletions(store: Store, keys: ShardKeys) -> list[Deletion]:
         if body is not None:  # else it was the oldest just now
             deletions.append(decode_deletion(body, keys, key=key))
     return deletions
+
+
+def _reason_of(keys: ShardKeys, name: str) -> str:
+    return LOAD_ENDED if f"{keys.prefix}{name}".startswith(keys.loads) else NOT_LISTED
 
 
 def _holds(found: Iterable[tuple[int, int]], number: int) -> bool:

@@ -2,9 +2,11 @@
 
 Runs in the primary, beside sealing, on positive evidence only (docs/design/protocol.md, garbage):
 
-1. list the shard's segments and log; then read the newest manifest, which must be of our epoch.
+1. list the shard's segments and log, then its bulk loads; then read the newest manifest, which must
+   be of our epoch.
 2. a segment object may go when that manifest does not list it and no build or commit of ours is
-   about to: names carry their epoch, so what an older epoch left can never be committed again.
+   about to: names carry their epoch, so what an older epoch left can never be committed again,
+   but for what a bulk load has prepared and may still be committed (load_garbage.py).
 3. a log object may go when its slot is at or below the manifest's floor and it holds data. Fences
    stay for ever: they are what stops a primary that slept through several takeovers.
 4. manifests below the newest few go after a floor marker says so (manifest/version_log.py).
@@ -14,6 +16,7 @@ Runs in the primary, beside sealing, on positive evidence only (docs/design/prot
 Invariants:
 G-1 nothing that the newest manifest lists is deleted.
 G-2 no fence is deleted.
+G-3 nothing is deleted of a bulk load that may still be committed, nor a segment it names.
 Crash anywhere: what is left is found again; a deleted object is never missed, because readers that
 meet a missing one read the newest manifest.
 """
@@ -26,9 +29,12 @@ import structlog
 from shoal_cluster.bucket.store import ObjectEntry
 from shoal_cluster.domain.errors import Corrupt, Unavailable
 from shoal_cluster.domain.ids import Epoch, SegmentId, Slot
-from shoal_cluster.domain.keys import ShardKeys, epoch_of_segment, number_of
+from shoal_cluster.domain.keys import LoadKeys, ShardKeys, epoch_of_segment, number_of
+from shoal_cluster.domain.limits import LOAD_ABANDONED_S
 from shoal_cluster.manifest.manifest import Manifest
 from shoal_cluster.shard.deletions import Deletion, DeletionJournal, runs
+from shoal_cluster.shard.load_garbage import LoadPlan, find_loads, plan_loads
+from shoal_cluster.shard.load_objects import ABORT, decide
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.wal.record import RecordKind
 
@@ -56,6 +62,7 @@ class Garbage:
     floor_slot: Slot
     segment_keys: tuple[str, ...]
     wal_keys: tuple[str, ...]
+    load_keys: tuple[str, ...] = ()
     versions: tuple[int, ...] = ()
 
 
@@ -66,6 +73,7 @@ def plan_garbage(
     epoch: Epoch,
     segments: Iterable[ObjectEntry],
     wal: Iterable[ObjectEntry],
+    loads: LoadPlan,
     is_in_flight: Callable[[SegmentId], bool],
     is_fence: Callable[[str], bool],
 ) -> Garbage:
@@ -82,7 +90,7 @@ def plan_garbage(
         made_by = epoch_of_segment(segment)
         if entry.key in listed or made_by > epoch:
             continue
-        if is_in_flight(segment):
+        if segment in loads.staged or is_in_flight(segment):
             continue
         loose.append(entry.key)
     covered = sorted(
@@ -95,6 +103,7 @@ def plan_garbage(
         manifest_put_id=manifest.put_id,
         floor_slot=manifest.floor_slot,
         segment_keys=tuple(sorted(loose)),
+        load_keys=loads.garbage,
         wal_keys=tuple(
             entry.key
             for _, entry in covered
@@ -120,9 +129,14 @@ def superseded(versions: Iterable[int], newest: int) -> tuple[int, ...]:
 class GarbageCollector:
     """Collects one shard's garbage for its primary. `collect` is called between commits."""
 
-    def __init__(self, replica: Replica, epoch: Epoch) -> None:
+    def __init__(
+        self, replica: Replica, epoch: Epoch, on_load: Callable[[str, bool], None]
+    ) -> None:
+        """on_load: told of each load that was decided, and whether it is yet to be committed."""
         self._replica = replica
         self._epoch = epoch
+        self._on_load = on_load
+        self._undecided_s: dict[tuple[str, int], float] = {}
         self._condemned_s: dict[str, float] = {}
         self._fences: dict[str, bool] = {}
         self._last_s = float("-inf")
@@ -144,9 +158,12 @@ class GarbageCollector:
         store, keys = replica.ports.store, replica.keys
         segments = await store.list(keys.segments)
         wal = await store.list(keys.wal)
+        found_loads = await find_loads(store, keys)
         manifest = await replica.manifests.newest()
         if manifest is None or manifest.epoch != self._epoch:
             return None
+        loads = plan_loads(found_loads, manifest, keys)
+        await self._look_after(loads)
         small = may_be_fences(wal, manifest)
         self._fences = {key: found for key, found in self._fences.items() if key in small}
         for key in small:
@@ -158,6 +175,7 @@ class GarbageCollector:
             epoch=self._epoch,
             segments=segments,
             wal=wal,
+            loads=loads,
             is_in_flight=is_in_flight,
             is_fence=lambda key: fences[key],
         )
@@ -176,7 +194,7 @@ class GarbageCollector:
         if garbage is None:
             return ()
         now_s = clock.monotonic_s()
-        found = (*garbage.segment_keys, *garbage.wal_keys)
+        found = (*garbage.segment_keys, *garbage.load_keys, *garbage.wal_keys)
         self._condemned_s = {key: self._condemned_s.get(key, now_s) for key in found}
         ripe = [key for key in found if now_s - self._condemned_s[key] >= GRACE_S]
         self._behind = len(ripe) > DELETIONS_MAX
@@ -217,11 +235,30 @@ class GarbageCollector:
             floor_slot=garbage.floor_slot,
             wall_ms=self._replica.ports.clock.wall_ms(),
             segment_objects=tuple(
-                key.removeprefix(keys.prefix) for key in ripe if key.startswith(keys.segments)
+                key.removeprefix(keys.prefix)
+                for key in ripe
+                if key.startswith((keys.segments, keys.loads))
             ),
             slots=runs(sorted(map(number_of, wal))),
             versions=runs(garbage.versions),
         )
+
+    async def _look_after(self, loads: LoadPlan) -> None:
+        """Aborts loads to which nothing was added for a day; tells of those that are decided."""
+        now_s = self._replica.ports.clock.monotonic_s()
+        seen = {item: self._undecided_s.get(item, now_s) for item in loads.undecided.items()}
+        self._undecided_s = seen
+        for (load, _), since_s in seen.items():
+            if now_s - since_s >= LOAD_ABANDONED_S:
+                ports = self._replica.ports
+                keys = LoadKeys(self._replica.keys.collection, self._replica.keys.shard, load)
+                # It may have been decided meanwhile: whichever object is there counts.
+                await decide(ports.store, ports.clock, keys, ABORT, ports.ids.put_id())
+                _log.info("load_abandoned", shard=keys.shard, load=load)
+        for load in loads.ended:
+            self._on_load(load, False)
+        for load in loads.unfinished:
+            self._on_load(load, True)
 
     async def _learn(self, key: str) -> None:
         """Finds out whether a small log object is a fence: by reading it, checksum and all."""

@@ -21,6 +21,7 @@ from shoal_cluster.domain.keys import (
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.shard.deletions import Deletion, read_deletions, runs
 from shoal_cluster.shard.garbage import may_be_fences, plan_garbage, superseded
+from shoal_cluster.shard.load_garbage import find_loads, plan_loads
 from shoal_cluster.wal.log import Wal
 from shoal_cluster.wal.record import RecordKind
 
@@ -63,6 +64,7 @@ async def _survey(store: Store, keys: ShardKeys, uuid: bytes, clock: Clock) -> S
     manifests = Manifests(store, keys, clock)
     # In this order, as the collector does: what is listed was there before the manifest was read.
     segments, wal = await store.list(keys.segments), await store.list(keys.wal)
+    found_loads = await find_loads(store, keys)
     manifest = await manifests.newest()
     deleted = tuple(await read_deletions(store, keys))
     if manifest is None:
@@ -84,6 +86,7 @@ async def _survey(store: Store, keys: ShardKeys, uuid: bytes, clock: Clock) -> S
         epoch=manifest.epoch,
         segments=segments,
         wal=wal,
+        loads=plan_loads(found_loads, manifest, keys),
         is_in_flight=lambda segment: epoch_of_segment(segment) == manifest.epoch,
         is_fence=lambda key: key in fences or key in unreadable,
     )
@@ -93,7 +96,9 @@ async def _survey(store: Store, keys: ShardKeys, uuid: bytes, clock: Clock) -> S
         manifest_put_id=manifest.put_id,
         floor_slot=manifest.floor_slot,
         wall_ms=0,
-        segment_objects=tuple(key.removeprefix(keys.prefix) for key in found.segment_keys),
+        segment_objects=tuple(
+            key.removeprefix(keys.prefix) for key in (*found.segment_keys, *found.load_keys)
+        ),
         slots=runs(map(number_of, found.wal_keys)),
         versions=runs(superseded(await manifests.versions.numbers(), manifest.version)),
     )

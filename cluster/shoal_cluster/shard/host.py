@@ -50,6 +50,7 @@ from shoal_cluster.shard.calls import (
     rows_body,
 )
 from shoal_cluster.shard.damage import Damage, Part
+from shoal_cluster.shard.loading_calls import LoadCall, LoadReply
 from shoal_cluster.shard.ports import Publisher, ShardPorts
 from shoal_cluster.shard.primary import Primary
 from shoal_cluster.shard.replica import Replica
@@ -393,6 +394,13 @@ class ShardHost:
         if hosted is None or hosted.primary is None:
             raise NotPrimary(f"this server does not lead shard {name[1]}; nothing was applied")
         return await hosted.primary.write(calls)
+
+    async def load(self, call: LoadCall) -> LoadReply:
+        """Carries out a step of a bulk load; see `Primary.load`."""
+        hosted = self._hosted.get((call.collection, call.shard))
+        if hosted is None or hosted.primary is None:
+            raise NotPrimary(f"this server does not lead shard {call.shard}; nothing was changed")
+        return await hosted.primary.load(call)
 
     def reports(self) -> list[ReplicaReport]:
         """Returns what the controller needs to know of every replica."""

@@ -36,6 +36,8 @@ from shoal_cluster.shard.calls import WriteCall, WriteFate, WriteReply
 from shoal_cluster.shard.composition import Composition
 from shoal_cluster.shard.damage import Damage
 from shoal_cluster.shard.dedup import Answer
+from shoal_cluster.shard.loading import Loads
+from shoal_cluster.shard.loading_calls import LoadCall, LoadReply
 from shoal_cluster.shard.ports import Publisher
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.sealing import Sealer
@@ -117,7 +119,17 @@ class Primary:
         self._replica = replica
         self._publisher = publisher
         self._wake = asyncio.Event()
-        self._sealer = Sealer(replica, epoch, publisher, on_lost=self._lose, on_idle=self._wake.set)
+        self._between_appends = asyncio.Lock()
+        self._sealer = Sealer(
+            replica,
+            epoch,
+            publisher,
+            between_appends=self._between_appends,
+            on_lost=self._lose,
+            on_idle=self._wake.set,
+            on_load=self._noticed_load,
+        )
+        self._loads = Loads(replica, epoch, self._sealer)
         self._queue: deque[_Queued] = deque()
         self._queued_bytes = 0
         self._append_s = 0.0
@@ -140,6 +152,7 @@ class Primary:
         tasks = [task for task in (self._loop,) if task is not None]
         for task in tasks:
             task.cancel()
+        await self._loads.close()
         await self._sealer.close()
         await asyncio.gather(*tasks, return_exceptions=True)
 
@@ -173,6 +186,22 @@ class Primary:
             self._queued_bytes += size_bytes
         self._wake.set()
         return await fates.future
+
+    async def load(self, call: LoadCall) -> LoadReply:
+        """Carries out a step of a bulk load; see Loads.serve.
+
+        Raises: NotPrimary when the epoch has ended, and what Loads.serve does.
+        """
+        if self._ended is not None:
+            raise NotPrimary(self._ended.message)
+        return await self._loads.serve(call)
+
+    def _noticed_load(self, load: str, unfinished: bool) -> None:
+        """Finishes a decided load whose caller has gone, or lets go of one that came to its end."""
+        if unfinished:
+            self._loads.finish(load)
+        else:
+            self._loads.forget(load)
 
     @property
     def appending(self) -> Slot | None:
@@ -239,13 +268,14 @@ class Primary:
     async def _run(self) -> None:
         try:
             while self._ended is None:
-                if self._sealer.due():
-                    self._sealer.start()
-                self._sealer.tidy()
-                if not self._queue:
-                    await self._idle()
-                    continue
-                await self._commit_group()
+                async with self._between_appends:
+                    if self._sealer.due():
+                        self._sealer.start()
+                    self._sealer.tidy()
+                    if self._queue and self._ended is None:
+                        await self._commit_group()
+                        continue
+                await self._idle()
         except ShoalError as error:
             # Not a lost race but a broken promise (corrupt log, failed fsync): stop and say so.
             _log.error("primary_failed", shard=self._replica.keys.shard, reason=error.message)
@@ -266,8 +296,9 @@ class Primary:
         except TimeoutError:
             try:
                 await self._replica.probe()
-                if self._ended is None and not self._queue:
-                    self._sealer.settle()
+                async with self._between_appends:
+                    if self._ended is None and not self._queue:
+                        self._sealer.settle()
             except Unavailable as error:
                 _log.warning(
                     "bucket_unavailable", shard=self._replica.keys.shard, reason=error.message
@@ -396,6 +427,7 @@ class Primary:
             queued.settle(error)
         self._queue.clear()
         self._queued_bytes = 0
+        self._loads.stop()
         self._sealer.stop()
         self._wake.set()
 

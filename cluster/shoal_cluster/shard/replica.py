@@ -178,8 +178,10 @@ class Replica:
         if self.leader is not None or slot <= self.state.slot:
             return
         if slot == self.state.slot + 1 and not self.advancing.locked():
-            self._apply(self.wal.decode(slot, body))
-            return
+            record = self.wal.decode(slot, body)
+            if not self._lacks_a_load(record):
+                self._apply(record)
+                return
         waiting_bytes = sum(map(len, self._pushed.values()))
         if len(self._pushed) < PUSHES_MAX and waiting_bytes + len(body) <= PUSH_BYTES_MAX:
             self._pushed[slot] = body
@@ -364,9 +366,19 @@ class Replica:
             newest = await self.manifests.newest_number()
             if newest is not None and newest > self.manifest_version:
                 await self.load_manifest()
+        if self._lacks_a_load(record):
+            await self.load_manifest()
         if record.slot <= self.state.slot:
             return
         self._apply(record)
+
+    def _lacks_a_load(self, record: WalRecord) -> bool:
+        """Says whether a manifest that raised our slot's sequence number is missing here.
+
+        A bulk load gives its rows numbers by a manifest whose floor is the log's end, so a record
+        behind it fits only who has the manifest (docs/design/bulk-load.md).
+        """
+        return record.slot == self.state.slot + 1 and record.first_seq > self.state.seq + 1
 
     def _apply(self, record: WalRecord) -> None:
         self.state.apply(record)

@@ -89,23 +89,30 @@ class Sealer:
         epoch: Epoch,
         publisher: Publisher,
         *,
+        between_appends: asyncio.Lock,
         on_lost: Callable[[str], None],
         on_idle: Callable[[], None],
+        on_load: Callable[[str, bool], None],
     ) -> None:
-        """on_lost: the epoch cannot go on, and why. on_idle: a seal ended, another may be due."""
+        """on_lost: the epoch cannot go on, and why. on_idle: a seal ended, another may be due.
+
+        between_appends: who holds it keeps records from being appended and seals from being begun.
+        on_load: of a bulk load whose objects were found; see GarbageCollector.
+        """
+        self.between_appends = between_appends
         self._replica = replica
         self._epoch = epoch
         self._publisher = publisher
-        self._on_lost = on_lost
+        self.on_lost = on_lost
         self._on_idle = on_idle
         self._committing = asyncio.Lock()
         self._seal: asyncio.Task[None] | None = None
         self._compaction: asyncio.Task[None] | None = None
         self._counter = 0
         self._stopped = False
-        self._in_flight: set[SegmentId] = set()
+        self.in_flight: set[SegmentId] = set()
         self._putting: set[SegmentId] = set()
-        self._garbage = GarbageCollector(replica, epoch)
+        self._garbage = GarbageCollector(replica, epoch, on_load)
         self._collection: asyncio.Task[None] | None = None
         self._seal_asked = False
         self._repair: asyncio.Task[None] | None = None
@@ -135,7 +142,7 @@ class Sealer:
         state = self._replica.state
         return (
             self._seal_asked
-            or state.slot - self._manifest().floor_slot >= SEAL_SLOTS
+            or state.slot - self.manifest().floor_slot >= SEAL_SLOTS
             or sum(memtable.operations for memtable in state.memtables) >= limits.SEAL_OPERATIONS
             or sum(memtable.size_bytes for memtable in state.memtables) >= SEAL_BYTES
         )
@@ -191,18 +198,18 @@ class Sealer:
             self._failures.clear(_GARBAGE)
 
     def _is_in_flight(self, segment: SegmentId) -> bool:
-        return segment in self._in_flight or segment in self._putting
+        return segment in self.in_flight or segment in self._putting
 
     async def _guard(self, work: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs background work; see the module for which failures end the epoch."""
         try:
             await run()
         except NotPrimary as error:
-            self._on_lost(error.message)
+            self.on_lost(error.message)
         except Exception as error:  # noqa: BLE001  a bug must not end it without a word
             if isinstance(error, ShoalError) and not isinstance(error, InvalidRequest | Internal):
                 _log.error("sealing_failed", shard=self._replica.keys.shard, reason=error.message)
-                self._on_lost(error.message)
+                self.on_lost(error.message)
             else:
                 self._failures.note(error, work)
         else:
@@ -210,24 +217,12 @@ class Sealer:
 
     async def _run_seal(self, point: SealPoint) -> None:
         keys = self._replica.keys
-        order = BuildOrder(
-            schema=self._replica.schema,
-            shard=keys.shard,
-            cluster_uuid=self._replica.ports.cluster_uuid,
-            segment=segment_id(self._epoch, 0, ""),
-            wal_first=point.first_slot,
-            wal_last=point.floor_slot,
-        )
+        entry = await self.build_of_memory(point)
         try:
-            entry = await self._build(order)
-        except Corrupt as error:
-            _log.error("sealing_from_memory", shard=keys.shard, reason=error.message)
-            entry = await self._build(order, rows_of_memtables(point.views))
-        try:
-            reader = await self._open(entry)
+            reader = await self.open(entry)
             await self._when_possible(lambda: self._commit_seal(point, entry, reader))
         finally:
-            self._landed(entry)
+            self.landed(entry)
         _log.info(
             "segment_sealed",
             shard=keys.shard,
@@ -235,6 +230,24 @@ class Sealer:
             rows=0 if entry is None else entry.rows,
             floor=point.floor_slot,
         )
+
+    async def build_of_memory(self, point: SealPoint) -> SegmentEntry | None:
+        """Has the segment of the frozen memtables built; None when none of their rows lives."""
+        if not any(memtable.operations for memtable in point.memtables):
+            return None
+        order = BuildOrder(
+            schema=self._replica.schema,
+            shard=self._replica.keys.shard,
+            cluster_uuid=self._replica.ports.cluster_uuid,
+            segment=segment_id(self._epoch, 0, ""),
+            wal_first=point.first_slot,
+            wal_last=point.floor_slot,
+        )
+        try:
+            return await self.build(order)
+        except Corrupt as error:
+            _log.error("sealing_from_memory", shard=order.shard, reason=error.message)
+            return await self.build(order, rows_of_memtables(point.views))
 
     def settle(self) -> None:
         """Brings a quiet shard closer to one segment and a short log. Call between appends."""
@@ -267,7 +280,7 @@ class Sealer:
         """Returns the segments that no failed merge keeps from being merged."""
         return tuple(
             entry
-            for entry in self._manifest().segments
+            for entry in self.manifest().segments
             if self._failures.may_try(f"{_MERGE_OF}{entry.id}")
         )
 
@@ -316,12 +329,12 @@ class Sealer:
             segment=segment_id(self._epoch, 0, ""),
             sources=tuple(source.entry for source in sources),
         )
-        entry = await self._build(order)
+        entry = await self.build(order)
         try:
-            reader = await self._open(entry)
+            reader = await self.open(entry)
             await self._when_possible(lambda: self._commit_compaction(sources, entry, reader))
         finally:
-            self._landed(entry)
+            self.landed(entry)
         return entry
 
     def repair(self, damages: Sequence[Damage]) -> None:
@@ -356,7 +369,7 @@ class Sealer:
         replica = self._replica
         chosen = [
             (entry.id, copy)
-            for entry in self._manifest().segments
+            for entry in self.manifest().segments
             for copy in replica.ports.files.copies(entry)
             if copy.entry.key in keys
         ]
@@ -365,7 +378,7 @@ class Sealer:
         try:
             for segment, copy in chosen:
                 put = functools.partial(put_copy, replica.ports, replica.keys, segment, copy)
-                replaced[copy.entry.key] = await self._until_available("put of a copy", put)
+                replaced[copy.entry.key] = await self.until_available("put of a copy", put)
             await self._when_possible(lambda: self._commit_files(replaced))
         except Corrupt as error:
             # The copy has gone bad as well, or what was put has: the finding is no longer right.
@@ -375,7 +388,7 @@ class Sealer:
             replica.doubted |= self._putting
             self._putting.clear()
 
-    async def _build(
+    async def build(
         self, order: BuildOrder, rows: SegmentInput | None = None
     ) -> SegmentEntry | None:
         """Has the segment built, under a new name on every attempt. rows: see Builds.build."""
@@ -385,24 +398,24 @@ class Sealer:
             self._counter += 1
             name = segment_id(self._epoch, self._counter, self._replica.ports.ids.hex(4))
             named = replace(order, segment=name)
-            self._in_flight.add(name)
+            self.in_flight.add(name)
             try:
                 # Only a rescue passes rows.
                 return await (builds.build(named) if rows is None else builds.build(named, rows))
             except Exception:
-                self._in_flight.discard(name)
+                self.in_flight.discard(name)
                 raise
 
-        kind = _MERGE if order.sources else _SEAL
-        return await self._until_available(f"build of a {kind}", attempt)
+        kind = "load" if order.chunks else _MERGE if order.sources else _SEAL
+        return await self.until_available(f"build of a {kind}", attempt)
 
-    async def _open(self, entry: SegmentEntry | None) -> SegmentReader | None:
+    async def open(self, entry: SegmentEntry | None) -> SegmentReader | None:
         if entry is None:
             return None
         opening = functools.partial(
             self._replica.ports.files.open_reader, entry, self._replica.schema
         )
-        return await self._until_available(f"opening segment {entry.id}", opening)
+        return await self.until_available(f"opening segment {entry.id}", opening)
 
     async def _when_possible(self, commit: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Commits as soon as the bucket takes it: a full disk or an outage costs time only.
@@ -414,9 +427,9 @@ class Sealer:
             async with self._committing:
                 await commit()
 
-        await self._until_available("commit of a manifest", attempt)
+        await self.until_available("commit of a manifest", attempt)
 
-    async def _until_available(self, work: str, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def until_available(self, work: str, attempt: Callable[[], Coroutine[Any, Any, T]]) -> T:
         try:
             while True:
                 try:
@@ -431,12 +444,12 @@ class Sealer:
         finally:
             self._failures.clear(work)
 
-    def _landed(self, entry: SegmentEntry | None) -> None:
+    def landed(self, entry: SegmentEntry | None) -> None:
         """A build's segment is in the manifest, or came to nothing: no more in flight."""
         if entry is not None:
-            self._in_flight.discard(entry.id)
+            self.in_flight.discard(entry.id)
 
-    def _manifest(self) -> Manifest:
+    def manifest(self) -> Manifest:
         assert self._replica.manifest is not None, "a primary has loaded a manifest"
         return self._replica.manifest
 
@@ -450,9 +463,9 @@ class Sealer:
             views.append(await self._bury(view, np.concatenate(killed)))
         if entry is not None and reader is not None:
             views.append(open_view(entry, reader, BitMap()))
-        parent = self._manifest()
+        parent = self.manifest()
         child = replace(
-            self._child(parent, views),
+            self.child(parent, views),
             floor_slot=point.floor_slot,
             floor_epoch=point.floor_epoch,
             floor_seq=point.floor_seq,
@@ -485,8 +498,8 @@ class Sealer:
             # Each was live when the build began, so the merged segment has every one of them.
             rows = reader.lookup(died)
             views.append(await self._bury(open_view(entry, reader, BitMap()), rows))
-        parent = self._manifest()
-        child = self._child(parent, views)
+        parent = self.manifest()
+        child = self.child(parent, views)
         if child.sum != parent.sum:
             raise Corrupt(
                 f"compaction of {sorted(dead_before)} changed the live rows' sum from "
@@ -504,8 +517,8 @@ class Sealer:
                 stored = await self._store_tombstones(entry, view.sealed_dead)
                 entry = replace(entry, tombstones=stored)
             views.append(open_view(entry, view.reader, view.sealed_dead))
-        parent = self._manifest()
-        await self._commit(parent, self._child(parent, views), views)
+        parent = self.manifest()
+        await self._commit(parent, self.child(parent, views), views)
 
     async def _commit_files(self, replaced: Mapping[str, FileEntry]) -> None:
         """Commits a manifest that lists objects of the same bytes in place of these keys."""
@@ -513,8 +526,8 @@ class Sealer:
         for view in tuple(self._replica.state.segments.values()):
             files = tuple(replaced.get(file.key, file) for file in view.entry.files)
             views.append(open_view(replace(view.entry, files=files), view.reader, view.sealed_dead))
-        parent = self._manifest()
-        child = self._child(parent, views)
+        parent = self.manifest()
+        child = self.child(parent, views)
         if child.segments != parent.segments:
             await self._commit(parent, child, views)
 
@@ -525,7 +538,7 @@ class Sealer:
         if not added:
             return open_view(view.entry, view.reader, view.sealed_dead)
         dead = view.sealed_dead | added
-        removed = int(view.reader.row_hashes[to_rows(added)].sum(dtype=np.uint64))
+        removed = int(view.reader.hashes_of(to_rows(added)).sum(dtype=np.uint64))
         entry = replace(
             view.entry,
             tombstones=await self._store_tombstones(view.entry, dead),
@@ -553,7 +566,7 @@ class Sealer:
             raise Corrupt(f"{key} holds somebody else's tombstones; its name should be unique")
         return FileEntry(name=name, key=key, size_bytes=len(body), sha256=digest.hexdigest())
 
-    def _child(self, parent: Manifest, views: list[SegmentView]) -> Manifest:
+    def child(self, parent: Manifest, views: list[SegmentView]) -> Manifest:
         entries = tuple(view.entry for view in views)
         return replace(
             parent,

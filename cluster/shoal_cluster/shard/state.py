@@ -212,7 +212,8 @@ class ShardState:
         (R-3); nothing was changed.
         """
         assert self.can_install(manifest), f"floor {manifest.floor_slot} would split a memtable"
-        ahead = manifest.floor_slot > self.slot
+        # A bulk load raises the sequence number of the slot it is committed at.
+        ahead = (manifest.floor_slot, manifest.floor_seq) > (self.slot, self.seq)
         kept = [
             memtable for memtable in self.memtables if memtable.start_slot > manifest.floor_slot
         ]
@@ -357,7 +358,7 @@ class RowPlace:
         if self.memtable is not None:
             return self.memtable.seqs[self.row]
         assert self.segment is not None
-        return int(self.segment.reader.seqs[self.row])
+        return self.segment.reader.seq_of(self.row)
 
     @property
     def tail(self) -> bytes:
@@ -376,7 +377,7 @@ class RowPlace:
         reader = self.segment.reader
         vector = reader.vector(self.row).tobytes()
         found = row_hash(point_id, self.seq, vector, reader.tail(self.row))
-        if found != int(reader.row_hashes[self.row]):
+        if found != int(reader.hashes_of(np.array([self.row]))[0]):
             raise Corrupt(
                 f"row {self.row} of segment {reader.segment_id} does not match its hash (S-4)"
             )
@@ -408,7 +409,7 @@ def _find_live(segments: Mapping[SegmentId, SegmentView], ids: Sequence[bytes]) 
 def _sum_of(segments: Mapping[SegmentId, SegmentView], rows_of: _Kills) -> int:
     """Returns the sum of the rows' hashes."""
     return sum(
-        int(segments[segment].reader.row_hashes[rows].sum(dtype=np.uint64))
+        int(segments[segment].reader.hashes_of(rows).sum(dtype=np.uint64))
         for segment, rows in rows_of.items()
     )
 

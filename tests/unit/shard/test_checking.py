@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shoal_cluster.bucket import envelope
@@ -12,21 +13,33 @@ from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.control.catalog import Catalog, CatalogLog, CollectionRecord
 from shoal_cluster.domain.errors import Conflict
 from shoal_cluster.domain.ids import Epoch, Slot
-from shoal_cluster.domain.keys import CLUSTER_KEY
+from shoal_cluster.domain.keys import CLUSTER_KEY, LoadKeys
 from shoal_cluster.segment.build import build_segment
 from shoal_cluster.shard import building
 from shoal_cluster.shard.checking import CheckReport, check_bucket
 from shoal_cluster.shard.deletions import Deletion, DeletionJournal
+from shoal_cluster.shard.load_objects import (
+    ABORT,
+    Prepared,
+    Receipt,
+    StagedRows,
+    decide,
+    give_receipt,
+    record_prepared,
+    stage_rows,
+)
 from tests.unit.shard.nodes import (
     CLUSTER_UUID,
     KEYS,
     SCHEMA,
+    SHARD,
     LoopClock,
     SeededIds,
     Shard,
     delete,
     points_of,
     run,
+    tail,
     upsert,
 )
 
@@ -65,7 +78,21 @@ async def bucket_with_everything(scratch: Path) -> dict[str, bytes]:
         )
     )
     await node.crash()
+    await stage_a_load(shard)
     return shard.objects
+
+
+async def stage_a_load(shard: Shard) -> None:
+    """Adds each kind of object that a bulk load has."""
+    store, clock, keys = shard.bucket, LoopClock(), LoadKeys(SCHEMA.id, SHARD, "l1")
+    rows = StagedRows(ids=[b"x"], vectors=np.ones((1, 4), dtype=np.float32), tails=[tail()])
+    put_id = await stage_rows(store, clock, keys, "0-0", rows)
+    await give_receipt(
+        store, clock, keys, "0-0", Receipt(digest=1, schema_version=1, rows={SHARD: 1}), put_id
+    )
+    prepared = Prepared(epoch=Epoch(2), rows=1, segments=())
+    await record_prepared(store, clock, keys, prepared, bytes(16))
+    await decide(store, clock, LoadKeys(SCHEMA.id, SHARD, "l2"), ABORT, bytes(16))
 
 
 async def report_of(objects: dict[str, bytes], *, deep: bool = True) -> CheckReport:
@@ -96,7 +123,7 @@ def test_a_sound_bucket_has_no_problems(sound, deep):
     assert (report.objects, report.bytes) == (len(sound), sum(map(len, sound.values())))
     assert seen == [(number, len(sound)) for number in range(1, len(sound) + 1)]
     kinds = {key.removeprefix(KEYS.prefix).split("/")[0] for key in sound}
-    assert kinds >= {"cluster", "catalog", "wal", "man", "seg"}
+    assert kinds >= {"cluster", "catalog", "wal", "man", "seg", "load"}
     assert any("tombstones" in key for key in sound)
 
 
