@@ -37,6 +37,7 @@ from shoal_cluster.domain.errors import Conflict, InvalidRequest, ShoalError, Un
 from shoal_cluster.domain.ids import ServerId, SystemIdGenerator, cluster_uuid_text
 from shoal_cluster.edge.server import EdgeServer, Services, start_server
 from shoal_cluster.ingest.execute import Writer
+from shoal_cluster.ingest.loads import Loader
 from shoal_cluster.query.execute import Searcher
 from shoal_cluster.query.explore import Explorer
 
@@ -329,6 +330,7 @@ async def start_edge(
     lane_socket: str,
     searcher: Searcher,
     writer: Writer,
+    loader: Loader,
     control: ControllerClient,
 ) -> EdgeServer:
     """Starts a coordinator's gRPC server and fast lanes; handed to actors, who know no gRPC."""
@@ -338,6 +340,7 @@ async def start_edge(
         reading=searcher.rows,
         exploring=Explorer(searcher.scatter),
         writing=writer,
+        loading=loader,
         status=control,
     )
     return await start_server(

@@ -19,6 +19,8 @@ from shoal_cluster.actors.configuration import (
 )
 from shoal_cluster.actors.process import lane_socket_path, make_pool, spare_collector
 from shoal_cluster.actors.routes import LinkCaller, TopologyBoard
+from shoal_cluster.bucket.local import end_process
+from shoal_cluster.bucket.open import open_store
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import Indeterminate, NotFound, Outcome, ShoalError, Unavailable
 from shoal_cluster.domain.ids import SystemIdGenerator
@@ -28,6 +30,7 @@ from shoal_cluster.domain.schema_change import SchemaChange
 from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
 from shoal_cluster.domain.topology import Topology
 from shoal_cluster.ingest.execute import Writer
+from shoal_cluster.ingest.loads import Loader
 from shoal_cluster.query.execute import Searcher
 from shoal_cluster.telemetry.logs import configure_logging
 
@@ -177,6 +180,7 @@ class StartEdge(Protocol):
         lane_socket: str,
         searcher: Searcher,
         writer: Writer,
+        loader: Loader,
         control: ControllerClient,
     ) -> RunningEdge:
         """Raises: Conflict when the port is in use."""
@@ -199,6 +203,7 @@ class Coordinator:
         self._board = TopologyBoard(configuration.cluster_uuid)
         self._pool = make_pool(configuration, name)
         self._server: asyncio.Task[RunningEdge] | None = None
+        self._loader: Loader | None = None
 
     async def describe(self) -> CoordinatorReport:
         """Returns who this process is, once its server listens.
@@ -228,12 +233,21 @@ class Coordinator:
     async def shutdown(self) -> None:
         if self._server is not None:
             await (await self._server).close(drain_s=1.0)
+        if self._loader is not None:
+            await self._loader.close()
         await self._pool.close_all()
 
     async def _start(self) -> RunningEdge:
         caller = LinkCaller(self._pool, self._board)
         searcher = Searcher(caller=caller, topology=self._board, clock=self._clock)
         writer = Writer(caller=caller, topology=self._board, clock=self._clock)
+        self._loader = Loader(
+            store=lambda: open_store(self._configuration.bucket, on_broken=end_process),
+            caller=caller,
+            topology=self._board,
+            clock=self._clock,
+            ids=SystemIdGenerator(),
+        )
         control = ControllerClient(self._configuration, self._board)
         server = await self._start_edge(
             f"{self._configuration.grpc_host}:{self._configuration.grpc_port}",
@@ -241,6 +255,7 @@ class Coordinator:
             lane_socket_path(self._configuration, self._incarnation),
             searcher,
             writer,
+            self._loader,
             control,
         )
         # Until the first topology arrives every request would only wait.

@@ -55,6 +55,7 @@ from shoal_cluster.shard.exploring_calls import (
     ScrollOrderedCall,
 )
 from shoal_cluster.shard.host import ShardHost, ShardName
+from shoal_cluster.shard.loading_calls import LoadCall
 from shoal_cluster.shard.ports import ShardPorts
 from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_cluster.telemetry.logs import configure_logging
@@ -116,6 +117,7 @@ class ShardServer:
                 FacetsCall.METHOD: self._facets,
                 ScrollOrderedCall.METHOD: self._scroll_ordered,
                 WriteGroup.METHOD: self._write,
+                LoadCall.METHOD: self._load,
                 PUSH: self._push,
                 WAKE: self._wake,
                 REPORT: self._report,
@@ -204,6 +206,10 @@ class ShardServer:
     async def _write(self, request: Request) -> Reply:
         group = WriteGroup.from_wire(_fields(request), request.body)
         return Reply(fates_to_wire(await self._host.write(group.calls)))
+
+    async def _load(self, request: Request) -> Reply:
+        reply = await self._host.load(LoadCall.from_wire(_fields(request)))
+        return Reply(reply.to_wire())
 
     def _push(self, request: Request) -> Reply:
         collection, shard, slot = _fields(request)

@@ -10,6 +10,7 @@ from shoal_cluster.domain.schema_change import SchemaChange
 from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.ingest.execute import WriteResult
+from shoal_cluster.ingest.loads import ChunkRequest, LoadProgress, LoadStatus
 from shoal_cluster.ingest.validate import (
     DeleteRequest,
     DeleteWhereRequest,
@@ -149,6 +150,20 @@ class RowReading(Protocol):
         freshness: Freshness,
         timeout_s: float,
     ) -> CountResult: ...
+
+
+class Loading(Protocol):
+    """ingest/loads.py `Loader`."""
+
+    async def stage(self, request: ChunkRequest) -> None: ...
+
+    async def status(self, collection: str, load: str) -> LoadStatus: ...
+
+    async def commit(
+        self, collection: str, load: str, chunks: Sequence[str], *, timeout_s: float
+    ) -> LoadProgress: ...
+
+    async def abort(self, collection: str, load: str) -> None: ...
 
 
 class Writing(Protocol):

@@ -17,10 +17,12 @@ from shoal_cluster.edge.admission import REQUESTS_IN_FLIGHT_MAX, Admission
 from shoal_cluster.edge.collections import CollectionsService
 from shoal_cluster.edge.fast_lane import FastLanes, LanesService, start_lanes
 from shoal_cluster.edge.guard import Guard
+from shoal_cluster.edge.loads import LoadsService
 from shoal_cluster.edge.points import PointsService
 from shoal_cluster.edge.ports import (
     CollectionControl,
     Exploring,
+    Loading,
     RowReading,
     Searching,
     StatusSource,
@@ -31,6 +33,7 @@ from shoal_cluster.edge.tickets import Tickets
 from shoal_protos.v1.admin_pb2_grpc import add_AdminServicer_to_server
 from shoal_protos.v1.collections_pb2_grpc import add_CollectionsServicer_to_server
 from shoal_protos.v1.lanes_pb2_grpc import add_LanesServicer_to_server
+from shoal_protos.v1.loads_pb2_grpc import add_LoadsServicer_to_server
 from shoal_protos.v1.points_pb2_grpc import add_PointsServicer_to_server
 from shoal_protos.v1.search_pb2_grpc import add_SearchServicer_to_server
 
@@ -39,6 +42,7 @@ SERVICES = (
     "shoal.v1.Points",
     "shoal.v1.Search",
     "shoal.v1.Admin",
+    "shoal.v1.Loads",
     "shoal.v1.Lanes",
 )
 
@@ -71,6 +75,7 @@ class Services:
     reading: RowReading
     exploring: Exploring
     writing: Writing
+    loading: Loading
     status: StatusSource
 
 
@@ -131,6 +136,7 @@ async def start_server(
     add_CollectionsServicer_to_server(CollectionsService(services.control), guard)  # type: ignore[arg-type]
     add_PointsServicer_to_server(points, guard)  # type: ignore[arg-type]
     add_SearchServicer_to_server(search, guard)  # type: ignore[arg-type]
+    add_LoadsServicer_to_server(LoadsService(services.loading), guard)  # type: ignore[arg-type]
     add_AdminServicer_to_server(AdminService(services.status), guard)  # type: ignore[arg-type]
     clock = SystemClock()
     tickets = Tickets(clock, ids)

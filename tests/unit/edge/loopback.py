@@ -9,9 +9,10 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import AlreadyExists, NotFound
-from shoal_cluster.domain.ids import CollectionId
+from shoal_cluster.domain.ids import CollectionId, SystemIdGenerator
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.schema_change import SchemaChange, apply_change
@@ -19,6 +20,7 @@ from shoal_cluster.domain.status import ClusterStatus, CollectionStatus
 from shoal_cluster.edge.admission import Admission
 from shoal_cluster.edge.server import EdgeServer, Services, start_server
 from shoal_cluster.ingest.execute import Writer
+from shoal_cluster.ingest.loads import Loader
 from shoal_cluster.query.execute import Searcher
 from shoal_cluster.query.explore import Explorer
 from shoal_protos.v1 import types_pb2
@@ -110,12 +112,20 @@ async def loopback(admission: Admission | None = None, **services: Any) -> Async
     control = FakeControl(cluster)
     searcher = Searcher(caller=cluster, topology=cluster, clock=cluster.clock)
     writer = Writer(caller=cluster, topology=cluster, clock=cluster.clock)
+    loader = Loader(
+        store=MemoryStore,
+        caller=cluster,
+        topology=cluster,
+        clock=cluster.clock,
+        ids=SystemIdGenerator(),
+    )
     everything: dict[str, Any] = {
         "control": control,
         "searching": searcher,
         "reading": searcher.rows,
         "exploring": Explorer(searcher.scatter),
         "writing": writer,
+        "loading": loader,
         "status": control,
         **services,
     }

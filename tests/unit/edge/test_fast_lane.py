@@ -333,6 +333,7 @@ def test_a_unix_socket_is_used_when_it_is_there(tap: Wiretap, tmp_path: Path) ->
                 reading=None,  # type: ignore[arg-type]
                 exploring=None,  # type: ignore[arg-type]
                 writing=None,  # type: ignore[arg-type]
+                loading=None,  # type: ignore[arg-type]
                 status=at.control,
             )
             path = tmp_path / "lanes"

@@ -293,6 +293,7 @@ def test_a_port_in_use_is_a_conflict_that_names_it() -> None:
                 reading=nothing,
                 exploring=nothing,
                 writing=nothing,
+                loading=nothing,
                 status=nothing,
             )
             with pytest.raises(Conflict, match="in use") as caught:
