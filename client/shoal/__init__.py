@@ -30,6 +30,7 @@ from shoal.errors import (
 )
 from shoal.exploring import FacetCount, FacetCounts, Group, Groups, RangeOptions, ReadOptions
 from shoal.filters import F, Filter
+from shoal.loading import LoadProgress, LoadResult
 from shoal.point import Point, Provenance
 from shoal.results import (
     DeleteResult,
@@ -68,6 +69,8 @@ __all__ = [
     "Indeterminate",
     "Internal",
     "InvalidRequest",
+    "LoadProgress",
+    "LoadResult",
     "NotFound",
     "Overloaded",
     "Page",

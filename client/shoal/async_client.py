@@ -3,14 +3,18 @@
 from collections.abc import (
     Iterable,
     Mapping,
+    Sequence,
 )
 from types import TracebackType
 from typing import Any, Self
 
 from shoal.async_collection import AsyncCollection
 from shoal.async_connection import AsyncConnection
+from shoal.batches import Payload
 from shoal.calls import Calls, call_of
 from shoal.errors import ShoalError
+from shoal.load_sources import LoadSource, chunks_of
+from shoal.loading import Load, LoadResult, Progress, abort_call
 from shoal.retry import DEFAULT_RETRIES, RetryPolicy
 from shoal.rpc import DEFAULT_ADDRESS, TIMEOUT_S, TransportName
 from shoal.schema import (
@@ -147,6 +151,50 @@ class AsyncClient:
     async def drop_collection(self, name: str, *, timeout_s: float | None = None) -> None:
         """Removes a collection and everything in it."""
         await self._connection.run(self._calls.drop_collection(name), timeout_s)
+
+    async def load(
+        self,
+        collection: str,
+        source: LoadSource,
+        *,
+        ids: Sequence[str] | None = None,
+        attributes: Sequence[Mapping[str, Any] | None] | None = None,
+        payloads: Sequence[Payload] | None = None,
+        load_id: str | None = None,
+        model: Model | None = None,
+        progress: Progress | None = None,
+        timeout_s: float | None = None,
+    ) -> LoadResult:
+        """Brings many rows into a collection at once, past the log: all appear together, or none.
+
+        source: vectors (also mapped ones), or a file: .npy (ids are row numbers unless given),
+        .jsonl with `id`, `vector`, `attributes`, `payload` in each line, or .parquet with columns
+        `id`, `vector`, `payload` and attributes. Points with the same ids are replaced. load_id:
+        names the load for ever; the same load again goes on where it was interrupted, and returns
+        at once when it is committed. progress: called as rows are staged and segments built.
+        timeout_s bounds each call, not the whole.
+
+        Raises: Conflict when the source has changed meanwhile or the load was aborted;
+        InvalidRequest naming an id that is there twice.
+        """
+        load = Load(
+            collection,
+            chunks_of(source, ids=ids, attributes=attributes, payloads=payloads),
+            load_id=load_id,
+            model=model,
+            progress=progress,
+            sessions=self._calls.sessions,
+        )
+        return await self._connection.load(load, timeout_s)
+
+    async def abort_load(
+        self, collection: str, load_id: str, *, timeout_s: float | None = None
+    ) -> None:
+        """Gives up a load that is not committed: nothing of it will ever be visible.
+
+        Raises: Conflict once it is decided to commit.
+        """
+        await self._connection.run(abort_call(collection, load_id), timeout_s)
 
     async def resolve(self, error: ShoalError, *, timeout_s: float | None = None) -> Any:
         """Finds out what became of a write whose `error.outcome` is "maybe_applied".

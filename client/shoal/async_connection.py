@@ -14,6 +14,7 @@ from shoal.async_lanes import AsyncLanes
 from shoal.bulk import ENDED_EARLY, STALLED, STREAM_CLOSE_S, BulkUpload, Upload
 from shoal.calls import Call, Reply
 from shoal.errors import InvalidRequest, ShoalError
+from shoal.loading import IN_FLIGHT, Load, LoadResult
 from shoal.retry import Attempts, GiveUp, Retries, RetryPolicy
 from shoal.rpc import (
     CHANNEL_OPTIONS,
@@ -107,6 +108,39 @@ class AsyncConnection:
                 raise call.ended(lost) from cancelled
             else:
                 return call.decode(response)
+
+    async def load(self, load: Load, timeout_s: float | None) -> LoadResult:
+        """Stages what is not staged yet, two chunks at a time, and commits.
+
+        Raises: ShoalError saying how to go on.
+        """
+        try:
+            await self.run(load.describe(), timeout_s)
+            if not load.is_decided:
+                await self._stage(load, timeout_s)
+            while not await self.run(load.commit(), timeout_s):
+                pass
+        except ShoalError as error:
+            raise load.told(error) from error.__cause__
+        return load.result
+
+    async def _stage(self, load: Load, timeout_s: float | None) -> None:
+        sent: set[asyncio.Task[None]] = set()
+        try:
+            for call in load.stages():
+                sent.add(asyncio.ensure_future(self.run(call, timeout_s)))
+                if len(sent) >= IN_FLIGHT:
+                    done, sent = await asyncio.wait(sent, return_when=asyncio.FIRST_COMPLETED)
+                    # All are looked at: two may have failed.
+                    failed = [error for error in (task.exception() for task in done) if error]
+                    if failed:
+                        raise failed[0]
+            if sent:
+                await asyncio.gather(*sent)
+        finally:
+            for task in sent:
+                task.cancel()
+            await asyncio.gather(*sent, return_exceptions=True)
 
     async def stream(
         self, work: RangeStream, timeout_s: float | None

@@ -4,9 +4,12 @@ import functools
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import grpc
 from google.protobuf.message import Message
@@ -15,6 +18,7 @@ from shoal.bulk import ENDED_EARLY, STALLED, STREAM_CLOSE_S, BulkUpload, Upload
 from shoal.calls import Call, Reply
 from shoal.errors import InvalidRequest, ShoalError
 from shoal.lanes import BlockingLanes
+from shoal.loading import IN_FLIGHT, Load, LoadResult
 from shoal.retry import Attempts, GiveUp, Retries, RetryPolicy
 from shoal.rpc import (
     CHANNEL_OPTIONS,
@@ -56,6 +60,17 @@ class Connection:
         self._transport = checked_transport(transport)
         self._routes: dict[str, _Route] = {}
         self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     def close(self) -> None:
         """Closes the connections; calls in flight fail. Closing twice is no error."""
@@ -104,6 +119,47 @@ class Connection:
                 time.sleep(verdict.wait_s)
             else:
                 return call.decode(response)
+
+    def load(self, load: Load, timeout_s: float | None) -> LoadResult:
+        """Stages what is not staged yet, two chunks at a time, and commits.
+
+        Raises: ShoalError saying how to go on.
+        """
+        try:
+            self.run(load.describe(), timeout_s)
+            if not load.is_decided:
+                self.stage(load, timeout_s)
+            while not self.run(load.commit(), timeout_s):
+                pass
+        except ShoalError as error:
+            raise load.told(error) from error.__cause__
+        return load.result
+
+    def stage(self, load: Load, timeout_s: float | None) -> None:
+        """Sends the chunks of a load that are not staged yet."""
+        turns = threading.Semaphore(IN_FLIGHT)
+        failed = threading.Event()
+
+        def send(call: Call[None]) -> None:
+            try:
+                self.run(call, timeout_s)
+            except BaseException:
+                failed.set()
+                raise
+            finally:
+                turns.release()
+
+        with ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="shoal-load") as threads:
+            sent: deque[Future[None]] = deque()
+            for call in load.stages():
+                turns.acquire()
+                if failed.is_set():
+                    break
+                sent.append(threads.submit(send, call))
+                while sent[0].done() and len(sent) > 1:
+                    sent.popleft().result()
+            for future in sent:
+                future.result()
 
     def stream(self, work: RangeStream, timeout_s: float | None) -> Iterator[SearchRangeResponse]:
         """Yields the messages of a range search; a stream that is lost goes on behind the last.

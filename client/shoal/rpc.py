@@ -19,7 +19,14 @@ from shoal.errors import (
     Unavailable,
 )
 from shoal_protos.status import ERROR_DETAIL_KEY, STATUS_OF_KIND
-from shoal_protos.v1 import admin_pb2, collections_pb2, points_pb2, search_pb2, types_pb2
+from shoal_protos.v1 import (
+    admin_pb2,
+    collections_pb2,
+    loads_pb2,
+    points_pb2,
+    search_pb2,
+    types_pb2,
+)
 from shoal_protos.v1.lanes_pb2_grpc import LanesStub
 from shoal_protos.v1.points_pb2_grpc import PointsStub
 from shoal_protos.v1.search_pb2_grpc import SearchStub
@@ -91,6 +98,10 @@ class Method(enum.Enum):
     RECOMMEND = "/shoal.v1.Search/Recommend"
     SEARCH_DIVERSE = "/shoal.v1.Search/SearchDiverse"
     SEARCH_GROUPS = "/shoal.v1.Search/SearchGroups"
+    STAGE_CHUNK = "/shoal.v1.Loads/StageChunk"
+    DESCRIBE_LOAD = "/shoal.v1.Loads/DescribeLoad"
+    COMMIT_LOAD = "/shoal.v1.Loads/CommitLoad"
+    ABORT_LOAD = "/shoal.v1.Loads/AbortLoad"
     STATUS = "/shoal.v1.Admin/Status"
 
 
@@ -113,6 +124,10 @@ RESPONSES: Mapping[Method, type[Message]] = {
     Method.RECOMMEND: search_pb2.RecommendResponse,
     Method.SEARCH_DIVERSE: search_pb2.SearchDiverseResponse,
     Method.SEARCH_GROUPS: search_pb2.SearchGroupsResponse,
+    Method.STAGE_CHUNK: loads_pb2.StageChunkResponse,
+    Method.DESCRIBE_LOAD: loads_pb2.DescribeLoadResponse,
+    Method.COMMIT_LOAD: loads_pb2.CommitLoadResponse,
+    Method.ABORT_LOAD: loads_pb2.AbortLoadResponse,
     Method.STATUS: admin_pb2.StatusResponse,
 }
 

@@ -6,6 +6,7 @@ from shoal_cluster.cli.check import check
 from shoal_cluster.cli.collections import collection
 from shoal_cluster.cli.demo.command import demo
 from shoal_cluster.cli.lifecycle import down, up
+from shoal_cluster.cli.load import load
 from shoal_cluster.cli.plan import plan
 from shoal_cluster.cli.status import status
 from shoal_cluster.cli.version import version
@@ -20,7 +21,7 @@ def cli() -> None:
     """
 
 
-for command in (up, down, status, plan, collection, demo, check, version):
+for command in (up, down, status, plan, collection, load, demo, check, version):
     cli.add_command(command)
 
 

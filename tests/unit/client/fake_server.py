@@ -14,6 +14,8 @@ from shoal_protos.status import ERROR_DETAIL_KEY, STATUS_OF_KIND
 from shoal_protos.v1 import (
     collections_pb2,
     collections_pb2_grpc,
+    loads_pb2,
+    loads_pb2_grpc,
     points_pb2,
     points_pb2_grpc,
     search_pb2,
@@ -90,6 +92,7 @@ class FakeServer:
             (collections_pb2_grpc.add_CollectionsServicer_to_server, _Collections(self)),
             (points_pb2_grpc.add_PointsServicer_to_server, _Points(self)),
             (search_pb2_grpc.add_SearchServicer_to_server, _Search(self)),
+            (loads_pb2_grpc.add_LoadsServicer_to_server, _Loads(self)),
         ):
             add(servicer, self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
@@ -145,6 +148,33 @@ class _Collections(collections_pb2_grpc.CollectionsServicer):
         return self._fake.answer(
             "DropCollection", request, context, collections_pb2.DropCollectionResponse
         )
+
+
+class _Loads(loads_pb2_grpc.LoadsServicer):
+    """Commits at the second asking."""
+
+    def __init__(self, fake: FakeServer) -> None:
+        self._fake = fake
+
+    def DescribeLoad(self, request: Any, context: Any) -> Any:
+        return self._fake.answer("DescribeLoad", request, context, loads_pb2.DescribeLoadResponse)
+
+    def StageChunk(self, request: Any, context: Any) -> Any:
+        return self._fake.answer("StageChunk", request, context, loads_pb2.StageChunkResponse)
+
+    def CommitLoad(self, request: Any, context: Any) -> Any:
+        def success() -> Any:
+            if len(self._fake.requests["CommitLoad"]) < 2:
+                return loads_pb2.CommitLoadResponse(segments_done=1, segments_total=2)
+            rows = sum(len(each.rows.ids) for each in self._fake.requests["StageChunk"])
+            return loads_pb2.CommitLoadResponse(
+                committed=True, rows=rows, session=self._fake.write_token()
+            )
+
+        return self._fake.answer("CommitLoad", request, context, success)
+
+    def AbortLoad(self, request: Any, context: Any) -> Any:
+        return self._fake.answer("AbortLoad", request, context, loads_pb2.AbortLoadResponse)
 
 
 class _Points(points_pb2_grpc.PointsServicer):
