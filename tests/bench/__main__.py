@@ -31,7 +31,7 @@ from shoal_cluster.index.cost_model import CostModel, choose_family
 from shoal_cluster.index.families import Effort
 from shoal_cluster.index.fast_scan import FastScanIndex, encode_codes, train_codes
 from shoal_cluster.index.settings import rank_measured, setting_for
-from tests.bench import links, machine, writes
+from tests.bench import bulk, links, machine, writes
 from tests.bench.corpora.files import NoCorpus
 from tests.bench.corpus import (
     CORPORA,
@@ -155,6 +155,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
                 searches = _measure_searches(setup, corpus, cluster, size, progress)
             progress("measuring acknowledgements")
             written = writes.acknowledgements(cluster, corpus.vectors, seconds=size.write_seconds)
+            loaded_past_log = bulk.measure(cluster, corpus, progress)
             processes = machine.describe_processes(cluster, seconds=size.idle_seconds)
         progress("measuring links alone")
         link_figures = _measure_links(directory, size.link_seconds)
@@ -181,6 +182,9 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
         "rows_per_s_sdk_indexed": round(
             size.rows / (load["acknowledged_seconds"] + load["indexed_seconds"])
         ),
+        "bulk": loaded_past_log,
+        "rows_per_s_bulk": loaded_past_log["cold"]["rows_per_s"],
+        "rows_per_s_bulk_warm": loaded_past_log["warm"]["rows_per_s"],
         "writes": written,
         "links": link_figures,
         "processes": processes,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Final
 
-from tests.bench import writes
+from tests.bench import bulk, writes
 from tests.bench.stages import STAGES
 
 _PATH_NAMES: Final = {
@@ -69,6 +69,7 @@ def render(bench: Mapping[str, Any]) -> str:
         "",
     ]
     lines += writes.render(bench["load"], bench["writes"])
+    lines += bulk.render(bench["bulk"])
     lines += ["", "3 KiB over a link against a raw echo, unix socket"]
     for each in bench["links"]:
         lines.append(

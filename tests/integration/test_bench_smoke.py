@@ -71,6 +71,7 @@ def test_bench_reports_writes_load_machine_and_processes(bench: dict[str, Any]) 
         assert each["rows_per_put"] >= 1
     assert bench["load"]["rows_live"] == bench["size"]["rows"]
     assert bench["load"]["rows_per_s"] > 0 and bench["load"]["segments"] >= 1
+    assert bench["rows_per_s_bulk"] > 0 and bench["bulk"]["peak_mib"]["client"] > 0
     assert {"processor", "cores", "load_average_1min"} <= set(bench["machine"])
     assert {"python", "faiss-cpu", "ray", "grpcio", "shoal"} <= set(bench["versions"])
     assert bench["seeds"] and bench["links"]
