@@ -1,15 +1,14 @@
 """Bulk loads, the coordinator's part: stages chunks, decides, has every shard prepare and commit.
 
-Steps 1 to 3 and 8 of docs/design/bulk-load.md, and who is asked for the others. Holds nothing of a
-load between two calls: any coordinator can go on with any load.
+Steps 1 to 3 and 8 of docs/design/bulk-load.md, and who is asked for the others. What it holds of a
+load between two calls it can read again: any coordinator can go on with any load.
 """
 
 import asyncio
 import contextlib
 import re
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from shoal_cluster.bucket.store import Store
 from shoal_cluster.domain import limits
@@ -55,9 +54,10 @@ PAUSE_S = 0.1
 
 RECEIPTS_AT_ONCE = 32
 
-_NAME = re.compile(r"[0-9a-z][0-9a-z-]{0,63}")
+LOADS_KNOWN_MAX = 8
+"""Loads whose receipts are kept, some MB each at most: a commit is asked for every few seconds."""
 
-T = TypeVar("T")
+_NAME = re.compile(r"[0-9a-z][0-9a-z-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +120,7 @@ class Loader:
         self._clock = clock
         self._ids = ids
         self._telling: set[asyncio.Task[None]] = set()
+        self._known: dict[LoadKeys, dict[str, Receipt]] = {}
 
     @property
     def _store(self) -> Store:
@@ -410,12 +411,20 @@ class Loader:
         return receipts
 
     async def _receipts(self, keys: LoadKeys, chunks: Sequence[str]) -> list[Receipt | None]:
+        known = self._known.pop(keys, {})
+        self._known[keys] = known  # the newest is last
+        while len(self._known) > LOADS_KNOWN_MAX:
+            del self._known[next(iter(self._known))]
         turns = asyncio.Semaphore(RECEIPTS_AT_ONCE)
 
-        async def one(chunk: str) -> Receipt | None:
-            return await _in_turn(turns, lambda: read_receipt(self._store, keys, chunk))
+        async def learn(chunk: str) -> None:
+            async with turns:
+                receipt = await read_receipt(self._store, keys, chunk)
+                if receipt is not None:
+                    known[chunk] = receipt
 
-        return await asyncio.gather(*map(one, chunks))
+        await asyncio.gather(*(learn(chunk) for chunk in chunks if chunk not in known))
+        return [known.get(chunk) for chunk in chunks]
 
     async def _staged(self, keys: LoadKeys) -> list[str]:
         found = await self._store.list(keys.receipts)
@@ -461,11 +470,6 @@ def _by_shard(
         )
         for shard, chosen in sorted(places.items())
     }
-
-
-async def _in_turn(turns: asyncio.Semaphore, work: Callable[[], Awaitable[T]]) -> T:
-    async with turns:
-        return await work()
 
 
 def _require_name(name: str, *, field: str) -> None:
