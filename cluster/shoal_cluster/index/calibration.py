@@ -14,18 +14,30 @@ are measured apart:
   has none of them.
 
 A row is missed by one or by the other, so misses add up at most (settings.py).
+
+Queries that users asked may be measured later (docs/design/live-recall.md), and then they count as
+a fourth kind.
 """
 
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import Metric
-from shoal_cluster.index.distances import NO_ROW, Rows, exact_top_k, gather_keys, scan_keys
+from shoal_cluster.index.distances import (
+    NO_ROW,
+    Rows,
+    StoredVectors,
+    exact_top_k,
+    gather_keys,
+    scan_keys,
+)
 from shoal_cluster.index.families import CandidateIndex, Effort
 from shoal_cluster.index.row_bits import bits_of_rows
 
@@ -71,6 +83,8 @@ MARGIN_ERRORS: Final = 1.0
 
 SPREAD_ROWS: Final = 4_096
 """Rows that estimate the deviation of each dimension, to about 1 %."""
+
+Recalls = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +167,18 @@ class RecallCurve:
 NO_CURVE: Final = RecallCurve(points=(), queries=0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueryRecalls:
+    """Recall of each query of one kind, (nq,), at every point of a curve.
+
+    codes by (k, factor), coverage by (rank, probes), beyond by (share left out, factor).
+    """
+
+    codes: Mapping[tuple[int, int], Recalls]
+    coverage: Mapping[tuple[int, int], Recalls]
+    beyond: Mapping[tuple[float, int], Recalls]
+
+
 def measure_recall(
     index: CandidateIndex, vectors: Vectors, metric: Metric, seed: int, *, threads: int = 1
 ) -> RecallCurve:
@@ -165,43 +191,92 @@ def measure_recall(
     sample = np.sort(random.permutation(len(vectors))[:QUERIES])
     spread_rows = vectors[random.permutation(len(vectors))[:SPREAD_ROWS]]
     centre, spread = spread_rows.mean(axis=0), spread_rows.std(axis=0)
-    nobody = np.full(len(sample), NO_ROW)
     mixed = vectors[random.integers(0, len(vectors), (MIXED_ROWS, len(sample)))].mean(axis=0)
-    asked = [(mixed, nobody)]
+    measure = functools.partial(_measure, index, vectors, metric)
+    jobs: list[Callable[[], QueryRecalls]] = [functools.partial(measure, mixed)]
     for noise in QUERY_NOISES:
         drawn = random.standard_normal((len(sample), vectors.shape[1]), dtype=np.float32)
-        asked.append((_moved(vectors[sample], noise * spread * drawn, centre), sample))
-
-    def measure(
-        queries: Vectors, excluded: npt.NDArray[np.int64]
-    ) -> tuple[list[CurvePoint], list[CoveragePoint]]:
-        nearest = _nearest(index, vectors, metric, excluded, queries)
-        curve = _measure_codes(index, vectors, metric, excluded, queries, nearest)
-        lists = index.shape.lists
-        return curve, _measure_coverage(index, queries, nearest) if lists > 1 else []
-
-    def measure_beyond() -> list[BeyondPoint]:
-        return _measure_beyond(index, vectors, metric, mixed[:BEYOND_QUERIES])
-
+        moved = _moved(vectors[sample], noise * spread * drawn, centre)
+        jobs.append(functools.partial(measure, moved, sample))
+    jobs.append(functools.partial(_beyond_alone, index, vectors, metric, mixed[:BEYOND_QUERIES]))
     if threads == 1:
-        measured, beyond = [measure(*each) for each in asked], measure_beyond()
+        *kinds, beyond = [job() for job in jobs]
     else:
         with ThreadPoolExecutor(threads) as pool:
-            running = [pool.submit(measure, *each) for each in asked]
-            last = pool.submit(measure_beyond)
-            measured, beyond = [each.result() for each in running], last.result()
-    curves = [curve for curve, _ in measured]
-    coverages = [coverage for _, coverage in measured if coverage]
+            *kinds, beyond = list(pool.map(lambda job: job(), jobs))
+    curves = [curve_of([kind], len(sample)) for kind in kinds]
+    return worst_of([*curves, curve_of([beyond], 0)])
+
+
+def _beyond_alone(
+    index: CandidateIndex, vectors: Vectors, metric: Metric, queries: Vectors
+) -> QueryRecalls:
+    beyond = _measure_beyond(index, vectors, metric, queries)
+    return QueryRecalls(codes={}, coverage={}, beyond=beyond)
+
+
+def measure_queries(
+    index: CandidateIndex, vectors: StoredVectors, metric: Metric, queries: Vectors, *, beyond: int
+) -> QueryRecalls:
+    """Measures with queries (nq, d) that are no rows of the segment.
+
+    beyond: how many of them are also asked without their nearest rows.
+    """
+    return _measure(index, vectors, metric, queries, beyond=beyond)
+
+
+def curve_of(pieces: Sequence[QueryRecalls], queries: int) -> RecallCurve:
+    """Returns the curve of one kind of queries, measured in pieces. queries: how many they were."""
+    codes = _means(piece.codes for piece in pieces)
+    coverage = _means(piece.coverage for piece in pieces)
+    beyond = _means(piece.beyond for piece in pieces)
     return RecallCurve(
         points=tuple(
-            min(alike, key=lambda point: point.lower) for alike in zip(*curves, strict=True)
+            CurvePoint(k=k, factor=factor, recall=recall, lower=lower)
+            for (k, factor), (recall, lower) in codes.items()
         ),
-        queries=len(sample) * len(asked),
+        queries=queries,
         coverage=tuple(
-            min(alike, key=lambda point: point.lower) for alike in zip(*coverages, strict=True)
+            CoveragePoint(rank=rank, probes=probes, recall=recall, lower=lower)
+            for (rank, probes), (recall, lower) in coverage.items()
         ),
-        beyond=tuple(beyond),
+        beyond=tuple(
+            BeyondPoint(beyond=share, factor=factor, recall=recall, lower=lower)
+            for (share, factor), (recall, lower) in beyond.items()
+        ),
     )
+
+
+def worst_of(curves: Sequence[RecallCurve]) -> RecallCurve:
+    """Returns the worst of each point that was measured: a target is reached for every kind."""
+    points = {(p.k, p.factor): p for p in _best_first(each.points for each in curves)}
+    coverage = {(c.rank, c.probes): c for c in _best_first(each.coverage for each in curves)}
+    beyond = {(b.beyond, b.factor): b for b in _best_first(each.beyond for each in curves)}
+    return RecallCurve(
+        points=tuple(points[each] for each in sorted(points)),
+        queries=sum(curve.queries for curve in curves),
+        coverage=tuple(coverage[each] for each in sorted(coverage)),
+        beyond=tuple(beyond[each] for each in sorted(beyond)),
+    )
+
+
+Point = TypeVar("Point", CurvePoint, CoveragePoint, BeyondPoint)
+Place = TypeVar("Place", tuple[int, int], tuple[float, int])
+
+
+def _best_first(measured: Iterable[Sequence[Point]]) -> list[Point]:
+    """Orders points so that the worst of one place is the last, and stays in a dict."""
+    points = [point for curve in measured for point in curve]
+    return sorted(points, key=lambda point: -point.lower)
+
+
+def _means(pieces: Iterable[Mapping[Place, Recalls]]) -> dict[Place, tuple[float, float]]:
+    """Returns the mean over queries of each place, and the mean less its sampling error."""
+    joined: dict[Place, list[Recalls]] = {}
+    for piece in pieces:
+        for place, recalls in piece.items():
+            joined.setdefault(place, []).append(recalls)
+    return {place: _mean(np.concatenate(recalls)) for place, recalls in joined.items()}
 
 
 def _moved(rows: Vectors, noise: Vectors, centre: npt.NDArray[np.float32]) -> Vectors:
@@ -217,38 +292,44 @@ def _moved(rows: Vectors, noise: Vectors, centre: npt.NDArray[np.float32]) -> Ve
     return np.ascontiguousarray(centre + after * scale, dtype=np.float32)
 
 
-def _nearest(
+def _measure(
     index: CandidateIndex,
-    vectors: Vectors,
+    vectors: StoredVectors,
     metric: Metric,
-    sample: npt.NDArray[np.int64],
     queries: Vectors,
-) -> Rows:
-    """Returns the true neighbours of the queries, as many as are measured; `sample` left out.
-
-    sample: one row a query, or NO_ROW.
-    """
+    excluded: Rows | None = None,
+    *,
+    beyond: int = 0,
+) -> QueryRecalls:
+    """Measures one kind of queries. excluded: the row each leaves out, None if there is none."""
+    if excluded is None:
+        excluded = np.full(len(queries), NO_ROW)
+    # True neighbours, as many as are measured.
     wanted = RANKS[-1] if index.shape.lists > 1 else K_CLASSES[-1]
     k = min(wanted, len(vectors) - 1)
-    return _without(sample, exact_top_k(vectors, queries, k + 1, metric)[1])
+    nearest = _without(excluded, exact_top_k(vectors, queries, k + 1, metric)[1])
+    return QueryRecalls(
+        codes=_measure_codes(index, vectors, metric, excluded, queries, nearest),
+        coverage=_measure_coverage(index, queries, nearest) if index.shape.lists > 1 else {},
+        beyond=_measure_beyond(index, vectors, metric, queries[:beyond]) if beyond else {},
+    )
 
 
 def _measure_codes(
     index: CandidateIndex,
-    vectors: Vectors,
+    vectors: StoredVectors,
     metric: Metric,
-    sample: npt.NDArray[np.int64],
+    excluded: Rows,
     queries: Vectors,
     nearest: Rows,
-) -> list[CurvePoint]:
-    """Returns the recall of one set of queries; `sample` are the rows each leaves out."""
+) -> dict[tuple[int, int], Recalls]:
     deepest = min(DEPTH_MAX, len(vectors) - 1)
     everything = Effort(depth=deepest + 1, probes=index.shape.lists)
-    found = _without(sample, index.candidates(queries, everything))
+    found = _without(excluded, index.candidates(queries, everything))
     nearest = np.ascontiguousarray(nearest[:, : K_CLASSES[-1]])
     true_keys = gather_keys(vectors, queries, nearest, metric)
     found_keys = gather_keys(vectors, queries, found, metric)
-    points: list[CurvePoint] = []
+    recalls = {}
     for k in K_CLASSES:
         # Counted by key, not by row: of many equal rows any k are a right answer.
         bound = true_keys[:, min(k, true_keys.shape[1]) - 1, np.newaxis]
@@ -256,31 +337,28 @@ def _measure_codes(
         for factor in FACTORS:
             if k > true_keys.shape[1] or k * factor > deepest:
                 continue
-            recall, lower = _mean(np.minimum(hits[:, k * factor - 1], k) / k)
-            points.append(CurvePoint(k=k, factor=factor, recall=recall, lower=lower))
-    return points
+            recalls[k, factor] = np.minimum(hits[:, k * factor - 1], k) / k
+    return recalls
 
 
 def _measure_coverage(
     index: CandidateIndex, queries: Vectors, nearest: Rows
-) -> list[CoveragePoint]:
+) -> dict[tuple[int, int], Recalls]:
     places = index.list_places(queries, nearest)
-    points = []
-    for rank in RANKS:
-        if rank > nearest.shape[1]:
-            break
-        for probes in probes_measured(index.shape.lists):
-            recall, lower = _mean((places[:, :rank] < probes).mean(axis=1))
-            points.append(CoveragePoint(rank=rank, probes=probes, recall=recall, lower=lower))
-    return points
+    return {
+        (rank, probes): (places[:, :rank] < probes).mean(axis=1)
+        for rank in RANKS
+        if rank <= nearest.shape[1]
+        for probes in probes_measured(index.shape.lists)
+    }
 
 
 def _measure_beyond(
-    index: CandidateIndex, vectors: Vectors, metric: Metric, queries: Vectors
-) -> list[BeyondPoint]:
+    index: CandidateIndex, vectors: StoredVectors, metric: Metric, queries: Vectors
+) -> dict[tuple[float, int], Recalls]:
     count, k = len(vectors), K_CLASSES[0]
     depth = min(k * BEYOND_FACTORS[-1], count)
-    found: dict[float, list[npt.NDArray[np.float64]]] = {beyond: [] for beyond in BEYOND_SHARES}
+    found: dict[float, list[Recalls]] = {beyond: [] for beyond in BEYOND_SHARES}
     for query in queries:
         keys = scan_keys(vectors, query, metric)
         for beyond, recalls in found.items():
@@ -291,15 +369,12 @@ def _measure_beyond(
             rows = index.candidates(query[np.newaxis], effort, allowed)[0]
             hits = np.cumsum((rows != NO_ROW) & (keys[rows] <= bound[1]))
             recalls.append(np.minimum(hits, k) / k)
-    points = []
-    for beyond, recalls in found.items():
-        stacked = np.stack(recalls)
-        for factor in BEYOND_FACTORS:
-            if k * factor > depth:
-                break
-            recall, lower = _mean(stacked[:, k * factor - 1])
-            points.append(BeyondPoint(beyond=beyond, factor=factor, recall=recall, lower=lower))
-    return points
+    return {
+        (beyond, factor): np.stack(recalls)[:, k * factor - 1]
+        for beyond, recalls in found.items()
+        for factor in BEYOND_FACTORS
+        if k * factor <= depth
+    }
 
 
 def probes_measured(lists: int) -> list[int]:
@@ -308,15 +383,15 @@ def probes_measured(lists: int) -> list[int]:
     return sorted({max(lists // share, 1) for share in PROBED_SHARES})
 
 
-def _mean(recalls: npt.NDArray[np.float64]) -> tuple[float, float]:
+def _mean(recalls: Recalls) -> tuple[float, float]:
     """Returns the mean over queries, and the mean less its sampling error."""
     mean = float(recalls.mean())
     return mean, mean - MARGIN_ERRORS * float(recalls.std() / np.sqrt(len(recalls)))
 
 
-def _without(sample: npt.NDArray[np.int64], answers: Rows) -> Rows:
+def _without(excluded: Rows, answers: Rows) -> Rows:
     """Removes each query's own row from its answer, or the last row where it is not there."""
-    keep = answers != sample[:, np.newaxis]
+    keep = answers != excluded[:, np.newaxis]
     keep[:, -1] &= ~keep.all(axis=1)
     kept: Rows = answers[keep].reshape(len(answers), -1)
     return kept

@@ -1,11 +1,13 @@
 """An opened segment: everything mapped, nothing per row in Python objects.
 
-Invariants are in segment/README.md. A reader never changes after `open` (its caches aside) and may
-be used by any number of threads at once; the files stay mapped until the last reference to it or to
-an array it returned is gone, so a file may be deleted while it is read.
+Invariants are in segment/README.md. A reader never changes after `open`, its caches and the recall
+curve in use aside, and may be used by any number of threads at once; the files stay mapped until
+the last reference to it or to an array it returned is gone, so a file may be deleted while it is
+read.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +21,15 @@ from shoal_cluster.domain.schema import CollectionSchema, MemoryTier
 from shoal_cluster.filtering.columns import Columns
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.statistics import SegmentStatistics
-from shoal_cluster.index.calibration import RecallCurve
+from shoal_cluster.index.calibration import (
+    BEYOND_QUERIES,
+    K_CLASSES,
+    QueryRecalls,
+    RecallCurve,
+    curve_of,
+    measure_queries,
+    worst_of,
+)
 from shoal_cluster.index.cost_model import CostModel
 from shoal_cluster.index.distances import (
     Keys,
@@ -80,6 +90,21 @@ LOCAL_SHARE_MIN = 0.6
 _ALL = slice(None)
 
 
+class _CurveInUse:
+    """The curve that settings are chosen by; readers of one segment in other tiers share it."""
+
+    def __init__(self, curve: RecallCurve) -> None:
+        self.curve = curve
+
+
+class _Settings:
+    """The choices by one curve: with another, other ones are remembered."""
+
+    def __init__(self, curve: RecallCurve) -> None:
+        self.curve = curve
+        self.chosen: dict[tuple[float, int, int | None], Setting] = {}
+
+
 class SegmentReader:
     """Reads and searches one segment."""
 
@@ -94,6 +119,7 @@ class SegmentReader:
         payload: PayloadFile,
         columns: Columns,
         mapped_bytes: int,
+        in_use: _CurveInUse | None = None,
     ) -> None:
         self.segment_id = segment_id
         self.meta = meta
@@ -101,7 +127,8 @@ class SegmentReader:
         self._index = index
         self._costs = CostModel(dimension=meta.dimension, storage=meta.storage, tier=residence.tier)
         self._sample = RankSample(meta.rows)
-        self._settings: dict[tuple[float, int, int | None], Setting] = {}
+        self._in_use = _CurveInUse(meta.recall_curve) if in_use is None else in_use
+        self._settings = _Settings(self._in_use.curve)
         self._ids = ids
         self._payload = payload
         self._columns = columns
@@ -170,6 +197,7 @@ class SegmentReader:
             payload=self._payload,
             columns=self._columns,
             mapped_bytes=self._mapped_bytes,
+            in_use=self._in_use,
         )
 
     @property
@@ -229,7 +257,32 @@ class SegmentReader:
 
     @property
     def recall_curve(self) -> RecallCurve:
-        return self.meta.recall_curve
+        """The curve in use: measured at build, and again with users' queries."""
+        return self._in_use.curve
+
+    def factor(self, recall_target: float) -> int:
+        """Returns how many candidates a hit are rescored of ten nearest; 0: all are compared."""
+        return 0 if self._index is None else self._setting(recall_target, K_CLASSES[0], 1.0).factor
+
+    def measure_again(self, queries: Vectors, together: int) -> Iterator[Callable[[], None]]:
+        """Measures the recall curve with queries that users asked, and uses it from then on.
+
+        Yields its pieces, `together` queries each: run each, in any thread, before asking for the
+        next. Of the curve in use and the new one the worse counts, so no search becomes shallower.
+        """
+        assert self._index is not None, "a segment without codes has no curve"
+        measured: list[QueryRecalls] = []
+        for start in range(0, len(queries), together):
+            piece = queries[start : start + together]
+            beyond = min(max(BEYOND_QUERIES - start, 0), len(piece))
+            yield functools.partial(self._measure, piece, beyond, measured)
+        self._in_use.curve = worst_of([self._in_use.curve, curve_of(measured, len(queries))])
+
+    def _measure(self, queries: Vectors, beyond: int, measured: list[QueryRecalls]) -> None:
+        assert self._index is not None
+        measured.append(
+            measure_queries(self._index, self.vectors, self.meta.metric, queries, beyond=beyond)
+        )
 
     def lookup(self, ids: Sequence[bytes]) -> npt.NDArray[np.int64]:
         """Returns the row of each point, -1 where the segment has none. Dead rows are found too."""
@@ -453,12 +506,15 @@ class SegmentReader:
     def _setting(self, recall_target: float, k: int, selectivity: float) -> Setting:
         """Returns the cheapest setting for a target; the same question is answered from memory."""
         assert self._index is not None
-        rank = rank_measured(self.recall_curve, k, selectivity)
+        settings = self._settings
+        if settings.curve is not self._in_use.curve:
+            settings = self._settings = _Settings(self._in_use.curve)
+        rank = rank_measured(settings.curve, k, selectivity)
         asked = (recall_target, k, rank)
-        found = self._settings.get(asked)
+        found = settings.chosen.get(asked)
         if found is None:
             found = setting_for(
-                self.recall_curve,
+                settings.curve,
                 recall_target,
                 k,
                 rows=self.rows,
@@ -466,9 +522,9 @@ class SegmentReader:
                 rank=rank,
                 cost_ns=self._scan_ns,
             )
-            if len(self._settings) >= SETTINGS_KEPT_MAX:
-                self._settings.clear()
-            self._settings[asked] = found
+            if len(settings.chosen) >= SETTINGS_KEPT_MAX:
+                settings.chosen.clear()
+            settings.chosen[asked] = found
         return found
 
     def _scan_ns(self, effort: Effort) -> float:

@@ -10,7 +10,10 @@ from shoal_cluster.index.calibration import (
     CoveragePoint,
     CurvePoint,
     RecallCurve,
+    curve_of,
+    measure_queries,
     measure_recall,
+    worst_of,
 )
 from shoal_cluster.index.distances import Keys, exact_top_k
 from shoal_cluster.index.families import CodeShape, Effort
@@ -35,7 +38,7 @@ def keys_at(
     return rescored_top_k(vectors, queries, candidates, 10, metric)[0]
 
 
-def curve_of(*points: tuple[int, int, float]) -> RecallCurve:
+def a_curve(*points: tuple[int, int, float]) -> RecallCurve:
     return RecallCurve(
         points=tuple(
             CurvePoint(k=k, factor=factor, recall=recall, lower=recall - 0.005)
@@ -71,6 +74,29 @@ def test_the_curve_rises_and_predicts_queries_it_never_saw(metric: Metric) -> No
         keys = keys_at(index, vectors, queries, metric, 10 * point.factor)
         reached = float((keys <= true_keys[:, -1:]).mean())
         assert reached >= point.lower - 0.03, point
+
+
+@pytest.mark.parametrize("lists", [1, 12])
+def test_queries_measured_in_pieces_give_the_curve_of_all(lists: int) -> None:
+    random = np.random.default_rng(8)
+    vectors = random.standard_normal((2000, 48), dtype=np.float32)
+    index = index_of(vectors, Metric.L2, lists)
+    queries = random.standard_normal((60, 48), dtype=np.float32)
+
+    def measured_by(size: int) -> RecallCurve:
+        pieces = [queries[start : start + size] for start in range(0, len(queries), size)]
+        recalls = [measure_queries(index, vectors, Metric.L2, each, beyond=4) for each in pieces]
+        return worst_of([curve_of(recalls, len(queries))])
+
+    whole, apart = measured_by(60), measured_by(16)
+
+    assert whole.points == apart.points and whole.coverage == apart.coverage
+    assert bool(whole.coverage) == (lists > 1) and whole.queries == 60
+    built = measure_recall(index, vectors, Metric.L2, seed=1)
+    both = worst_of([built, whole])
+    assert len(both.points) == len(built.points) == len(whole.points)
+    for worst, *alike in zip(both.points, built.points, whole.points, strict=True):
+        assert worst in alike and worst.lower == min(point.lower for point in alike)
 
 
 def test_a_row_does_not_count_as_its_own_neighbour() -> None:
@@ -142,7 +168,7 @@ def test_coverage_predicts_in_how_many_lists_new_queries_neighbours_are(metric: 
 
 
 def test_a_curve_survives_the_wire() -> None:
-    curve = curve_of((10, 4, 0.95), (100, 8, 0.998))
+    curve = a_curve((10, 4, 0.95), (100, 8, 0.998))
     covered = RecallCurve(
         points=curve.points,
         queries=400,

@@ -74,6 +74,24 @@ def test_a_reader_moves_to_another_tier_and_the_one_before_goes_on(built: Built)
     assert np.array_equal(compact.search(QUERIES, 10).rows, expected)
 
 
+def test_a_curve_measured_again_holds_in_every_tier_and_is_never_less_careful(
+    built: Built,
+) -> None:
+    reader = built.open(MemoryTier.COMPACT)
+    moved, before, factor = reader.moved_to(MemoryTier.DISK), reader.recall_curve, 0
+    for queries in (built.rows.vectors[:40], random_rows(40, DIMENSION, seed=4).vectors):
+        for piece in reader.measure_again(np.ascontiguousarray(queries, np.float32), 16):
+            assert reader.recall_curve is moved.recall_curve, "not before all were measured"
+            piece()
+        assert moved.factor(0.98) == reader.factor(0.98) >= factor
+        factor = reader.factor(0.98)
+    after = {(point.k, point.factor): point.lower for point in moved.recall_curve.points}
+    assert [(point.k, point.factor) for point in before.points] == list(after)
+    assert all(after[point.k, point.factor] <= point.lower for point in before.points)
+    assert moved.recall_curve.queries == before.queries + 80
+    assert reader.meta.recall_curve == before
+
+
 def test_the_disk_is_asked_for_the_pages_of_the_rows_that_are_compared(built: Built) -> None:
     """Rows that share pages, or follow each other, are one call; padding is none."""
     reader = built.open(MemoryTier.DISK)
