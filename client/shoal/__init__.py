@@ -42,7 +42,7 @@ from shoal.results import (
     UpsertResult,
 )
 from shoal.retry import RetryPolicy
-from shoal.schema import CollectionDescription, CollectionSchema
+from shoal.schema import CollectionDescription, CollectionSchema, RecallEstimate
 from shoal.session import Position, SessionToken
 from shoal.streams import AsyncRangeHits, RangeHits
 
@@ -83,6 +83,7 @@ __all__ = [
     "RangeHits",
     "RangeOptions",
     "ReadOptions",
+    "RecallEstimate",
     "RetryPolicy",
     "SearchOptions",
     "SearchResult",

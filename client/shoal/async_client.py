@@ -78,6 +78,7 @@ class AsyncClient:
         chunking_rule: str = "",
         storage: StorageName = "float32",
         tier: TierName = "compact",
+        recall_sample_share: float = 0.01,
         timeout_s: float | None = None,
     ) -> AsyncCollection:
         """Creates a collection and returns a handle on it.
@@ -86,7 +87,8 @@ class AsyncClient:
         value chooses a point's shard, None for the id. recall_target: share of the true nearest
         neighbours a search must find. model: (name, version) of the model that makes the vectors;
         writes and queries that name another are refused. storage: float16 halves what vectors take
-        and rounds them. tier: what is held in memory, see CollectionSchema.
+        and rounds them. tier: what is held in memory, see CollectionSchema. recall_sample_share: at
+        most so many of the searches are repeated exactly, for the recall in describe_collection.
         """
         schema = CollectionSchema(
             name=name,
@@ -101,6 +103,7 @@ class AsyncClient:
             chunking_rule=chunking_rule,
             storage=storage,
             tier=tier,
+            recall_sample_share=recall_sample_share,
         )
         await self._connection.run(self._calls.create_collection(schema), timeout_s)
         return self.collection(name, model=model)
@@ -112,7 +115,7 @@ class AsyncClient:
     async def describe_collection(
         self, name: str, *, timeout_s: float | None = None
     ) -> CollectionDescription:
-        """Returns the schema and about how many rows there are."""
+        """Returns the schema, about how many rows there are, and the recall searches reach."""
         return await self._connection.run(self._calls.describe_collection(name), timeout_s)
 
     async def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionSchema]:
@@ -129,6 +132,7 @@ class AsyncClient:
         chunking_rule: str | None = None,
         model: Model | None = None,
         tier: TierName | None = None,
+        recall_sample_share: float | None = None,
         if_version: int | None = None,
         timeout_s: float | None = None,
     ) -> CollectionSchema:
@@ -144,6 +148,7 @@ class AsyncClient:
             chunking_rule=chunking_rule,
             model=model,
             tier=tier,
+            recall_sample_share=recall_sample_share,
             if_version=if_version,
         )
         return await self._connection.run(call, timeout_s)

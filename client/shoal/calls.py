@@ -52,6 +52,7 @@ from shoal.schema import (
     Model,
     TierName,
     declarations,
+    description_from_proto,
     model_to_proto,
     schema_from_proto,
     schema_to_proto,
@@ -168,9 +169,7 @@ class Calls:
             method=Method.DESCRIBE_COLLECTION,
             request=request,
             is_write=False,
-            decode=lambda response: CollectionDescription(
-                schema=schema_from_proto(response.schema), rows_live=response.rows_live
-            ),
+            decode=description_from_proto,
         )
 
     def list_collections(self) -> Call[list[CollectionSchema]]:
@@ -191,6 +190,7 @@ class Calls:
         chunking_rule: str | None,
         model: Model | None,
         tier: TierName | None,
+        recall_sample_share: float | None,
         if_version: int | None,
     ) -> Call[CollectionSchema]:
         with Sending("alter"):
@@ -204,6 +204,7 @@ class Calls:
                 model=model_to_proto(model),
                 if_version=if_version,
                 tier=types_pb2.MEMORY_TIER_UNSPECIFIED if tier is None else tier_to_proto(tier),
+                recall_sample_share=recall_sample_share,
             )
         return Call(
             method=Method.ALTER_COLLECTION,

@@ -80,6 +80,7 @@ class Client:
         chunking_rule: str = "",
         storage: StorageName = "float32",
         tier: TierName = "compact",
+        recall_sample_share: float = 0.01,
         timeout_s: float | None = None,
     ) -> Collection:
         """Creates a collection and returns a handle on it.
@@ -88,7 +89,8 @@ class Client:
         value chooses a point's shard, None for the id. recall_target: share of the true nearest
         neighbours a search must find. model: (name, version) of the model that makes the vectors;
         writes and queries that name another are refused. storage: float16 halves what vectors take
-        and rounds them. tier: what is held in memory, see CollectionSchema.
+        and rounds them. tier: what is held in memory, see CollectionSchema. recall_sample_share: at
+        most so many of the searches are repeated exactly, for the recall in describe_collection.
         """
         schema = CollectionSchema(
             name=name,
@@ -103,6 +105,7 @@ class Client:
             chunking_rule=chunking_rule,
             storage=storage,
             tier=tier,
+            recall_sample_share=recall_sample_share,
         )
         self._connection.run(self._calls.create_collection(schema), timeout_s)
         return self.collection(name, model=model)
@@ -114,7 +117,7 @@ class Client:
     def describe_collection(
         self, name: str, *, timeout_s: float | None = None
     ) -> CollectionDescription:
-        """Returns the schema and about how many rows there are."""
+        """Returns the schema, about how many rows there are, and the recall searches reach."""
         return self._connection.run(self._calls.describe_collection(name), timeout_s)
 
     def list_collections(self, *, timeout_s: float | None = None) -> list[CollectionSchema]:
@@ -131,6 +134,7 @@ class Client:
         chunking_rule: str | None = None,
         model: Model | None = None,
         tier: TierName | None = None,
+        recall_sample_share: float | None = None,
         if_version: int | None = None,
         timeout_s: float | None = None,
     ) -> CollectionSchema:
@@ -146,6 +150,7 @@ class Client:
             chunking_rule=chunking_rule,
             model=model,
             tier=tier,
+            recall_sample_share=recall_sample_share,
             if_version=if_version,
         )
         return self._connection.run(call, timeout_s)

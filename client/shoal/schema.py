@@ -62,6 +62,8 @@ class CollectionSchema:
     version counts alterations from 1. storage: how a value is kept; float16 halves what vectors
     take and rounds them when they are written. tier: what is in memory, the vectors too (full),
     codes alone with vectors in the page cache (compact), or codes alone with vectors on disk.
+    recall_sample_share: of the searches, at most so many are repeated exactly in the background to
+    see which recall users get; 0 is off.
     """
 
     name: str
@@ -78,14 +80,34 @@ class CollectionSchema:
     version: int = 0
     storage: StorageName = "float32"
     tier: TierName = "compact"
+    recall_sample_share: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallEstimate:
+    """The recall that searches reached which were repeated exactly, of those at the own target.
+
+    filter_class: "none" without a filter, "wide" where a tenth of the rows or more passed it, else
+    "narrow". The true mean lies between low and high in at least 95 of 100 cases.
+    """
+
+    filter_class: str
+    samples: int
+    recall: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionDescription:
-    """A schema, and the live rows its shards last reported (`count` gives the exact number)."""
+    """A schema, and the live rows its shards last reported (`count` gives the exact number).
+
+    recall: one estimate for each class of searches that was sampled, see recall_sample_share.
+    """
 
     schema: CollectionSchema
     rows_live: int
+    recall: tuple[RecallEstimate, ...] = ()
 
 
 def model_to_proto(model: Model | None) -> types_pb2.EmbeddingModel | None:
@@ -129,6 +151,7 @@ def schema_to_proto(schema: CollectionSchema) -> collections_pb2.CollectionSchem
         chunking_rule=schema.chunking_rule,
         storage=_known(STORAGES, schema.storage, "storage"),
         tier=tier_to_proto(schema.tier),
+        recall_sample_share=schema.recall_sample_share,
     )
 
 
@@ -156,6 +179,26 @@ def schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionSc
         ) from error
 
 
+def description_from_proto(
+    message: collections_pb2.DescribeCollectionResponse,
+) -> CollectionDescription:
+    """Raises: as `schema_from_proto`."""
+    return CollectionDescription(
+        schema=schema_from_proto(message.schema),
+        rows_live=message.rows_live,
+        recall=tuple(
+            RecallEstimate(
+                filter_class=each.filter_class,
+                samples=each.samples,
+                recall=each.recall,
+                low=each.low,
+                high=each.high,
+            )
+            for each in message.recall
+        ),
+    )
+
+
 def _schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionSchema:
     model = (message.model.name, message.model.version) if message.HasField("model") else None
     return CollectionSchema(
@@ -173,4 +216,5 @@ def _schema_from_proto(message: collections_pb2.CollectionSchema) -> CollectionS
         version=message.version,
         storage=_STORAGE_NAMES[message.storage],
         tier=_TIER_NAMES[message.tier],
+        recall_sample_share=message.recall_sample_share,
     )

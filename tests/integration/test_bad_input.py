@@ -185,6 +185,7 @@ def test_second_create_is_refused(collection: shoal.Collection, client: shoal.Cl
         ({"dimension": 4, "replicas": 99}, "replicas"),
         ({"dimension": 4, "partition_by": "nothing"}, "partition_by"),
         ({"dimension": 4, "recall_target": 0.1}, "recall_target"),
+        ({"dimension": 4, "recall_sample_share": 1.5}, "recall_sample_share"),
         ({"dimension": 4, "attributes": {"a-b": "int"}}, "attributes"),
     ],
 )

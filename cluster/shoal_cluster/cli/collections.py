@@ -11,7 +11,11 @@ import shoal
 from shoal.schema import AttributeTypeName, MetricName, Model, StorageName, TierName
 from shoal_cluster.cli.output import Table
 from shoal_cluster.cli.session import Session, client_options, shoal_command
-from shoal_cluster.domain.limits import RECALL_TARGET_MAX, RECALL_TARGET_MIN
+from shoal_cluster.domain.limits import (
+    RECALL_SAMPLE_SHARE_MAX,
+    RECALL_TARGET_MAX,
+    RECALL_TARGET_MIN,
+)
 
 
 def _parse_attributes(
@@ -48,6 +52,11 @@ _recall_option = click.option(
     "--recall-target",
     type=click.FloatRange(RECALL_TARGET_MIN, RECALL_TARGET_MAX),
     help="Share of the true nearest neighbours a search must find.",
+)
+_sample_option = click.option(
+    "--recall-sample-share",
+    type=click.FloatRange(0, RECALL_SAMPLE_SHARE_MAX),
+    help="Share of the searches repeated exactly to see which recall they reach; 0 is off.",
 )
 _model_option = click.option(
     "--model",
@@ -95,6 +104,7 @@ def collection() -> None:
 )
 @_tier_option
 @_recall_option
+@_sample_option
 @_model_option
 @_chunking_option
 @client_options
@@ -111,11 +121,17 @@ def create(
     storage: StorageName,
     tier: TierName | None,
     recall_target: float | None,
+    recall_sample_share: float | None,
     model: Model | None,
     chunking_rule: str | None,
 ) -> None:
     """Creates a collection."""
-    optional = _given(tier=tier, recall_target=recall_target, chunking_rule=chunking_rule)
+    optional = _given(
+        tier=tier,
+        recall_target=recall_target,
+        recall_sample_share=recall_sample_share,
+        chunking_rule=chunking_rule,
+    )
     with session.connect() as client:
         client.create_collection(
             collection_name,
@@ -176,7 +192,7 @@ def list_collections(session: Session) -> None:
 @client_options
 @shoal_command
 def describe(session: Session, collection_name: str) -> None:
-    """Shows a collection's schema and about how many rows it holds."""
+    """Shows a collection's schema, about how many rows it holds, and the recall searches reach."""
     with session.connect() as client:
         described = client.describe_collection(collection_name)
     _show(session, described)
@@ -195,6 +211,7 @@ def describe(session: Session, collection_name: str) -> None:
 @click.option("--replicas", type=int, help="Copies of each shard.")
 @_tier_option
 @_recall_option
+@_sample_option
 @_model_option
 @_chunking_option
 @click.option("--if-version", type=int, help="Only if the schema has this version.")
@@ -207,6 +224,7 @@ def alter(
     replicas: int | None,
     tier: TierName | None,
     recall_target: float | None,
+    recall_sample_share: float | None,
     model: Model | None,
     chunking_rule: str | None,
     if_version: int | None,
@@ -221,6 +239,7 @@ def alter(
             chunking_rule=chunking_rule,
             model=model,
             tier=tier,
+            recall_sample_share=recall_sample_share,
             if_version=if_version,
         )
         described = client.describe_collection(collection_name)
@@ -254,6 +273,15 @@ def _model_text(model: Model | None) -> str:
     return "-" if model is None else ":".join(model)
 
 
+def _recall_fact(estimate: shoal.RecallEstimate) -> tuple[str, str]:
+    kind = estimate.filter_class
+    return (
+        "recall reached" if kind == "none" else f"recall reached, {kind} filters",
+        f"{estimate.recall:.4f} ({estimate.low:.4f} to {estimate.high:.4f}, "
+        f"{estimate.samples:,} samples)",
+    )
+
+
 def _show(session: Session, described: shoal.CollectionDescription) -> None:
     schema = described.schema
     facts: list[tuple[str, str | int | float]] = [
@@ -264,6 +292,8 @@ def _show(session: Session, described: shoal.CollectionDescription) -> None:
         ("replicas", str(schema.replicas)),
         ("partition by", schema.partition_by or "(point id)"),
         ("recall target", f"{schema.recall_target:g}"),
+        *(_recall_fact(each) for each in described.recall),
+        ("searches sampled", f"{schema.recall_sample_share:.4g}"),
         ("vector storage", schema.storage),
         ("memory tier", schema.tier),
         ("model", _model_text(schema.model)),

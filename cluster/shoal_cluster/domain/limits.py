@@ -10,6 +10,8 @@ SHARDS_MAX = 1024
 REPLICAS_MAX = 8
 ATTRIBUTES_MAX = 64
 RECALL_TARGET_MIN, RECALL_TARGET_MAX = 0.5, 1.0
+RECALL_SAMPLE_SHARE_MAX = 1.0
+"""Of the searches; a process takes no more than fit 2 % of a core (shard/recall_sampling.py)."""
 
 # Points
 POINT_ID_BYTES_MAX = 256

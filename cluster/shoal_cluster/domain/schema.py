@@ -1,8 +1,8 @@
 """What a collection is: its vectors, attributes, routing and versions. Pure values.
 
 Changing `dimension`, `metric`, `storage`, `partition_by` or `shards` of a living collection is not
-possible; `alter` may add attributes and change replicas, recall target, tier and descriptive
-versions.
+possible; `alter` may add attributes and change replicas, recall target, the share of searches that
+are sampled, tier and descriptive versions.
 """
 
 import enum
@@ -58,6 +58,8 @@ class AttributeType(enum.Enum):
     """Milliseconds since 1970-01-01 UTC, a signed 64-bit integer."""
 
 
+RECALL_SAMPLE_SHARE_DEFAULT = 0.01
+
 AttributeValue = str | list[str] | int | float | bool
 """Value of one attribute; the Python type follows the declared AttributeType."""
 
@@ -76,6 +78,7 @@ class CollectionSchema:
 
     attributes: declared attributes in declaration order. partition_by: a keyword attribute whose
     value chooses the shard, or None to choose by point id. version counts alterations from 1.
+    recall_sample_share: of the searches, at most so many are repeated exactly to see their recall.
     """
 
     id: CollectionId
@@ -92,10 +95,14 @@ class CollectionSchema:
     version: int = 1
     storage: VectorStorage = VectorStorage.FLOAT32
     tier: MemoryTier = MemoryTier.COMPACT
+    recall_sample_share: float = RECALL_SAMPLE_SHARE_DEFAULT
 
     def to_wire(self) -> dict[str, Any]:
-        """Returns a msgpack-able map; `from_wire` reverses it exactly."""
-        return {
+        """Returns a msgpack-able map; `from_wire` reverses it exactly.
+
+        The default of recall_sample_share is left out: format version 1 began without it.
+        """
+        fields = {
             "id": self.id,
             "name": self.name,
             "dimension": self.dimension,
@@ -111,6 +118,9 @@ class CollectionSchema:
             "storage": self.storage.value,
             "tier": self.tier.value,
         }
+        if self.recall_sample_share != RECALL_SAMPLE_SHARE_DEFAULT:
+            fields["recall_sample_share"] = self.recall_sample_share
+        return fields
 
     @staticmethod
     def from_wire(fields: Mapping[str, Any]) -> "CollectionSchema":
@@ -130,6 +140,7 @@ class CollectionSchema:
             version=fields["version"],
             storage=VectorStorage(fields["storage"]),
             tier=MemoryTier(fields["tier"]),
+            recall_sample_share=fields.get("recall_sample_share", RECALL_SAMPLE_SHARE_DEFAULT),
         )
 
 
@@ -153,6 +164,12 @@ def validate_schema(schema: CollectionSchema) -> None:
             f"recall_target {schema.recall_target} is out of range",
             field="recall_target",
             limit=f"{limits.RECALL_TARGET_MIN} to {limits.RECALL_TARGET_MAX}",
+        )
+    if not 0 <= schema.recall_sample_share <= limits.RECALL_SAMPLE_SHARE_MAX:
+        raise InvalidRequest(
+            f"recall_sample_share {schema.recall_sample_share} is out of range",
+            field="recall_sample_share",
+            limit=f"0 to {limits.RECALL_SAMPLE_SHARE_MAX}",
         )
     if len(schema.attributes) > limits.ATTRIBUTES_MAX:
         raise InvalidRequest(

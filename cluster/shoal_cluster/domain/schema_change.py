@@ -25,6 +25,7 @@ class SchemaChange:
     model: EmbeddingModel | None = None
     if_version: int | None = None
     tier: MemoryTier | None = None
+    recall_sample_share: float | None = None
 
 
 def apply_change(schema: CollectionSchema, change: SchemaChange) -> CollectionSchema:
@@ -65,6 +66,11 @@ def apply_change(schema: CollectionSchema, change: SchemaChange) -> CollectionSc
         ),
         model=schema.model if change.model is None else change.model,
         tier=schema.tier if change.tier is None else change.tier,
+        recall_sample_share=(
+            schema.recall_sample_share
+            if change.recall_sample_share is None
+            else change.recall_sample_share
+        ),
     )
     if altered == schema:
         return schema

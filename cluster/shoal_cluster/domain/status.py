@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from shoal_cluster.domain.ids import ServerId, ShardNumber
+from shoal_cluster.domain.recall import RecallEstimate
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.session import ORIGIN, Position
 
@@ -78,11 +79,12 @@ class ShardStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectionStatus:
-    """rows_live: as the shards last reported."""
+    """rows_live: as the shards last reported. recall: what searches of all replicas reach."""
 
     schema: CollectionSchema
     rows_live: int = 0
     shards: tuple[ShardStatus, ...] = ()
+    recall: tuple[RecallEstimate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

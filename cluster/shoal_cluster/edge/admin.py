@@ -11,7 +11,7 @@ from shoal_cluster.domain.status import (
 )
 from shoal_cluster.edge.guard import Context, timeout_s
 from shoal_cluster.edge.ports import StatusSource
-from shoal_cluster.edge.schema_codec import encode_schema
+from shoal_cluster.edge.schema_codec import encode_recall, encode_schema
 from shoal_protos.v1 import admin_pb2 as pb
 from shoal_protos.v1 import types_pb2
 from shoal_protos.v1.admin_pb2_grpc import AdminServicer
@@ -75,6 +75,7 @@ def _encode_collection(collection: CollectionStatus) -> pb.CollectionStatus:
         schema=encode_schema(collection.schema),
         rows_live=collection.rows_live,
         shards=[_encode_shard(shard) for shard in collection.shards],
+        recall=[encode_recall(estimate) for estimate in collection.recall],
     )
 
 

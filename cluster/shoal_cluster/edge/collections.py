@@ -7,6 +7,7 @@ from shoal_cluster.edge.schema_codec import (
     decode_change,
     decode_request_name,
     decode_schema,
+    encode_recall,
     encode_schema,
 )
 from shoal_protos.v1 import collections_pb2 as pb
@@ -37,7 +38,9 @@ class CollectionsService(CollectionsServicer):
     ) -> pb.DescribeCollectionResponse:
         status = await self._control.describe_collection(request.name, timeout_s=timeout_s(context))
         return pb.DescribeCollectionResponse(
-            schema=encode_schema(status.schema), rows_live=status.rows_live
+            schema=encode_schema(status.schema),
+            rows_live=status.rows_live,
+            recall=[encode_recall(estimate) for estimate in status.recall],
         )
 
     async def ListCollections(

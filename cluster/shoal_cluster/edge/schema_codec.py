@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from shoal_cluster.domain.errors import InvalidRequest
 from shoal_cluster.domain.ids import CollectionId, Epoch, Seq, ShardNumber
 from shoal_cluster.domain.limits import SHARDS_MAX
+from shoal_cluster.domain.recall import RecallEstimate
 from shoal_cluster.domain.request import RequestName, validate_request_name
 from shoal_cluster.domain.schema import (
+    RECALL_SAMPLE_SHARE_DEFAULT,
     AttributeType,
     CollectionSchema,
     EmbeddingModel,
@@ -95,6 +97,11 @@ def decode_schema(message: collections_pb.CollectionSchema) -> CollectionSchema:
         ),
         storage=_decode_storage(message.storage),
         tier=_decode_tier(message.tier),
+        recall_sample_share=(
+            message.recall_sample_share
+            if message.HasField("recall_sample_share")
+            else RECALL_SAMPLE_SHARE_DEFAULT
+        ),
     )
     validate_schema(schema)
     return schema
@@ -168,6 +175,17 @@ def encode_schema(schema: CollectionSchema) -> collections_pb.CollectionSchema:
         version=schema.version,
         storage=_STORAGE_NUMBERS[schema.storage],  # type: ignore[arg-type]
         tier=_TIER_NUMBERS[schema.tier],  # type: ignore[arg-type]
+        recall_sample_share=schema.recall_sample_share,
+    )
+
+
+def encode_recall(estimate: RecallEstimate) -> collections_pb.RecallEstimate:
+    return collections_pb.RecallEstimate(
+        filter_class=estimate.filter_class.value,
+        samples=estimate.samples,
+        recall=estimate.recall,
+        low=estimate.low,
+        high=estimate.high,
     )
 
 
@@ -186,6 +204,9 @@ def decode_change(message: collections_pb.AlterCollectionRequest) -> SchemaChang
         model=decode_model(message.model) if message.HasField("model") else None,
         if_version=message.if_version if message.HasField("if_version") else None,
         tier=_decode_tier(message.tier) if message.tier else None,
+        recall_sample_share=(
+            message.recall_sample_share if message.HasField("recall_sample_share") else None
+        ),
     )
 
 

@@ -296,6 +296,7 @@ class CollectionStatus(_message.Message):
     SCHEMA_FIELD_NUMBER: _builtins.int
     ROWS_LIVE_FIELD_NUMBER: _builtins.int
     SHARDS_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     rows_live: _builtins.int
     """Live rows in all shards."""
     @_builtins.property
@@ -306,16 +307,21 @@ class CollectionStatus(_message.Message):
     def shards(self) -> _containers.RepeatedCompositeFieldContainer[Global___ShardStatus]:
         """Its shards, by number."""
 
+    @_builtins.property
+    def recall(self) -> _containers.RepeatedCompositeFieldContainer[_collections_pb2.RecallEstimate]:
+        """What sampled searches reached."""
+
     def __init__(
         self,
         *,
         schema: _collections_pb2.CollectionSchema | None = ...,
         rows_live: _builtins.int = ...,
         shards: _abc.Iterable[Global___ShardStatus] | None = ...,
+        recall: _abc.Iterable[_collections_pb2.RecallEstimate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows_live", b"rows_live", "schema", b"schema", "shards", b"shards"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recall", b"recall", "rows_live", b"rows_live", "schema", b"schema", "shards", b"shards"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

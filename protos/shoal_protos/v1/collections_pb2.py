@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from shoal_protos.v1 import types_pb2 as shoal__protos_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!shoal_protos/v1/collections.proto\x12\x08shoal.v1\x1a\x1bshoal_protos/v1/types.proto\"K\n\x14\x41ttributeDeclaration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04type\x18\x02 \x01(\x0e\x32\x17.shoal.v1.AttributeType\"\x9a\x03\n\x10\x43ollectionSchema\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdimension\x18\x02 \x01(\r\x12 \n\x06metric\x18\x03 \x01(\x0e\x32\x10.shoal.v1.Metric\x12\x32\n\nattributes\x18\x04 \x03(\x0b\x32\x1e.shoal.v1.AttributeDeclaration\x12\x14\n\x0cpartition_by\x18\x05 \x01(\t\x12\x0e\n\x06shards\x18\x06 \x01(\r\x12\x10\n\x08replicas\x18\x07 \x01(\r\x12\x1a\n\rrecall_target\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\'\n\x05model\x18\t \x01(\x0b\x32\x18.shoal.v1.EmbeddingModel\x12\x15\n\rchunking_rule\x18\n \x01(\t\x12\n\n\x02id\x18\x0b \x01(\t\x12\x0f\n\x07version\x18\x0c \x01(\x04\x12(\n\x07storage\x18\r \x01(\x0e\x32\x17.shoal.v1.VectorStorage\x12\"\n\x04tier\x18\x0e \x01(\x0e\x32\x14.shoal.v1.MemoryTierB\x10\n\x0e_recall_target\"n\n\x17\x43reateCollectionRequest\x12\'\n\nrequest_id\x18\x01 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12*\n\x06schema\x18\x02 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\"F\n\x18\x43reateCollectionResponse\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\")\n\x19\x44\x65scribeCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"[\n\x1a\x44\x65scribeCollectionResponse\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\x12\x11\n\trows_live\x18\x02 \x01(\x04\"\x18\n\x16ListCollectionsRequest\"F\n\x17ListCollectionsResponse\x12+\n\x07schemas\x18\x01 \x03(\x0b\x32\x1a.shoal.v1.CollectionSchema\"\xfc\x02\n\x16\x41lterCollectionRequest\x12\'\n\nrequest_id\x18\x01 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x36\n\x0e\x61\x64\x64_attributes\x18\x03 \x03(\x0b\x32\x1e.shoal.v1.AttributeDeclaration\x12\x15\n\x08replicas\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rrecall_target\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rchunking_rule\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\'\n\x05model\x18\x07 \x01(\x0b\x32\x18.shoal.v1.EmbeddingModel\x12\x17\n\nif_version\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\"\n\x04tier\x18\t \x01(\x0e\x32\x14.shoal.v1.MemoryTierB\x0b\n\t_replicasB\x10\n\x0e_recall_targetB\x10\n\x0e_chunking_ruleB\r\n\x0b_if_version\"E\n\x17\x41lterCollectionResponse\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\"N\n\x15\x44ropCollectionRequest\x12\'\n\nrequest_id\x18\x01 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x18\n\x16\x44ropCollectionResponse2\xce\x03\n\x0b\x43ollections\x12Y\n\x10\x43reateCollection\x12!.shoal.v1.CreateCollectionRequest\x1a\".shoal.v1.CreateCollectionResponse\x12_\n\x12\x44\x65scribeCollection\x12#.shoal.v1.DescribeCollectionRequest\x1a$.shoal.v1.DescribeCollectionResponse\x12V\n\x0fListCollections\x12 .shoal.v1.ListCollectionsRequest\x1a!.shoal.v1.ListCollectionsResponse\x12V\n\x0f\x41lterCollection\x12 .shoal.v1.AlterCollectionRequest\x1a!.shoal.v1.AlterCollectionResponse\x12S\n\x0e\x44ropCollection\x12\x1f.shoal.v1.DropCollectionRequest\x1a .shoal.v1.DropCollectionResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!shoal_protos/v1/collections.proto\x12\x08shoal.v1\x1a\x1bshoal_protos/v1/types.proto\"K\n\x14\x41ttributeDeclaration\x12\x0c\n\x04name\x18\x01 \x01(\t\x12%\n\x04type\x18\x02 \x01(\x0e\x32\x17.shoal.v1.AttributeType\"\xd4\x03\n\x10\x43ollectionSchema\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tdimension\x18\x02 \x01(\r\x12 \n\x06metric\x18\x03 \x01(\x0e\x32\x10.shoal.v1.Metric\x12\x32\n\nattributes\x18\x04 \x03(\x0b\x32\x1e.shoal.v1.AttributeDeclaration\x12\x14\n\x0cpartition_by\x18\x05 \x01(\t\x12\x0e\n\x06shards\x18\x06 \x01(\r\x12\x10\n\x08replicas\x18\x07 \x01(\r\x12\x1a\n\rrecall_target\x18\x08 \x01(\x01H\x00\x88\x01\x01\x12\'\n\x05model\x18\t \x01(\x0b\x32\x18.shoal.v1.EmbeddingModel\x12\x15\n\rchunking_rule\x18\n \x01(\t\x12\n\n\x02id\x18\x0b \x01(\t\x12\x0f\n\x07version\x18\x0c \x01(\x04\x12(\n\x07storage\x18\r \x01(\x0e\x32\x17.shoal.v1.VectorStorage\x12\"\n\x04tier\x18\x0e \x01(\x0e\x32\x14.shoal.v1.MemoryTier\x12 \n\x13recall_sample_share\x18\x0f \x01(\x01H\x01\x88\x01\x01\x42\x10\n\x0e_recall_targetB\x16\n\x14_recall_sample_share\"n\n\x17\x43reateCollectionRequest\x12\'\n\nrequest_id\x18\x01 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12*\n\x06schema\x18\x02 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\"F\n\x18\x43reateCollectionResponse\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\")\n\x19\x44\x65scribeCollectionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x85\x01\n\x1a\x44\x65scribeCollectionResponse\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\x12\x11\n\trows_live\x18\x02 \x01(\x04\x12(\n\x06recall\x18\x03 \x03(\x0b\x32\x18.shoal.v1.RecallEstimate\"b\n\x0eRecallEstimate\x12\x14\n\x0c\x66ilter_class\x18\x01 \x01(\t\x12\x0f\n\x07samples\x18\x02 \x01(\x04\x12\x0e\n\x06recall\x18\x03 \x01(\x01\x12\x0b\n\x03low\x18\x04 \x01(\x01\x12\x0c\n\x04high\x18\x05 \x01(\x01\"\x18\n\x16ListCollectionsRequest\"F\n\x17ListCollectionsResponse\x12+\n\x07schemas\x18\x01 \x03(\x0b\x32\x1a.shoal.v1.CollectionSchema\"\xb6\x03\n\x16\x41lterCollectionRequest\x12\'\n\nrequest_id\x18\x01 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x36\n\x0e\x61\x64\x64_attributes\x18\x03 \x03(\x0b\x32\x1e.shoal.v1.AttributeDeclaration\x12\x15\n\x08replicas\x18\x04 \x01(\rH\x00\x88\x01\x01\x12\x1a\n\rrecall_target\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x1a\n\rchunking_rule\x18\x06 \x01(\tH\x02\x88\x01\x01\x12\'\n\x05model\x18\x07 \x01(\x0b\x32\x18.shoal.v1.EmbeddingModel\x12\x17\n\nif_version\x18\x08 \x01(\x04H\x03\x88\x01\x01\x12\"\n\x04tier\x18\t \x01(\x0e\x32\x14.shoal.v1.MemoryTier\x12 \n\x13recall_sample_share\x18\n \x01(\x01H\x04\x88\x01\x01\x42\x0b\n\t_replicasB\x10\n\x0e_recall_targetB\x10\n\x0e_chunking_ruleB\r\n\x0b_if_versionB\x16\n\x14_recall_sample_share\"E\n\x17\x41lterCollectionResponse\x12*\n\x06schema\x18\x01 \x01(\x0b\x32\x1a.shoal.v1.CollectionSchema\"N\n\x15\x44ropCollectionRequest\x12\'\n\nrequest_id\x18\x01 \x01(\x0b\x32\x13.shoal.v1.RequestId\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x18\n\x16\x44ropCollectionResponse2\xce\x03\n\x0b\x43ollections\x12Y\n\x10\x43reateCollection\x12!.shoal.v1.CreateCollectionRequest\x1a\".shoal.v1.CreateCollectionResponse\x12_\n\x12\x44\x65scribeCollection\x12#.shoal.v1.DescribeCollectionRequest\x1a$.shoal.v1.DescribeCollectionResponse\x12V\n\x0fListCollections\x12 .shoal.v1.ListCollectionsRequest\x1a!.shoal.v1.ListCollectionsResponse\x12V\n\x0f\x41lterCollection\x12 .shoal.v1.AlterCollectionRequest\x1a!.shoal.v1.AlterCollectionResponse\x12S\n\x0e\x44ropCollection\x12\x1f.shoal.v1.DropCollectionRequest\x1a .shoal.v1.DropCollectionResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,27 +35,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTRIBUTEDECLARATION']._serialized_start=76
   _globals['_ATTRIBUTEDECLARATION']._serialized_end=151
   _globals['_COLLECTIONSCHEMA']._serialized_start=154
-  _globals['_COLLECTIONSCHEMA']._serialized_end=564
-  _globals['_CREATECOLLECTIONREQUEST']._serialized_start=566
-  _globals['_CREATECOLLECTIONREQUEST']._serialized_end=676
-  _globals['_CREATECOLLECTIONRESPONSE']._serialized_start=678
-  _globals['_CREATECOLLECTIONRESPONSE']._serialized_end=748
-  _globals['_DESCRIBECOLLECTIONREQUEST']._serialized_start=750
-  _globals['_DESCRIBECOLLECTIONREQUEST']._serialized_end=791
-  _globals['_DESCRIBECOLLECTIONRESPONSE']._serialized_start=793
-  _globals['_DESCRIBECOLLECTIONRESPONSE']._serialized_end=884
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=886
-  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=910
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=912
-  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=982
-  _globals['_ALTERCOLLECTIONREQUEST']._serialized_start=985
-  _globals['_ALTERCOLLECTIONREQUEST']._serialized_end=1365
-  _globals['_ALTERCOLLECTIONRESPONSE']._serialized_start=1367
-  _globals['_ALTERCOLLECTIONRESPONSE']._serialized_end=1436
-  _globals['_DROPCOLLECTIONREQUEST']._serialized_start=1438
-  _globals['_DROPCOLLECTIONREQUEST']._serialized_end=1516
-  _globals['_DROPCOLLECTIONRESPONSE']._serialized_start=1518
-  _globals['_DROPCOLLECTIONRESPONSE']._serialized_end=1542
-  _globals['_COLLECTIONS']._serialized_start=1545
-  _globals['_COLLECTIONS']._serialized_end=2007
+  _globals['_COLLECTIONSCHEMA']._serialized_end=622
+  _globals['_CREATECOLLECTIONREQUEST']._serialized_start=624
+  _globals['_CREATECOLLECTIONREQUEST']._serialized_end=734
+  _globals['_CREATECOLLECTIONRESPONSE']._serialized_start=736
+  _globals['_CREATECOLLECTIONRESPONSE']._serialized_end=806
+  _globals['_DESCRIBECOLLECTIONREQUEST']._serialized_start=808
+  _globals['_DESCRIBECOLLECTIONREQUEST']._serialized_end=849
+  _globals['_DESCRIBECOLLECTIONRESPONSE']._serialized_start=852
+  _globals['_DESCRIBECOLLECTIONRESPONSE']._serialized_end=985
+  _globals['_RECALLESTIMATE']._serialized_start=987
+  _globals['_RECALLESTIMATE']._serialized_end=1085
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_start=1087
+  _globals['_LISTCOLLECTIONSREQUEST']._serialized_end=1111
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_start=1113
+  _globals['_LISTCOLLECTIONSRESPONSE']._serialized_end=1183
+  _globals['_ALTERCOLLECTIONREQUEST']._serialized_start=1186
+  _globals['_ALTERCOLLECTIONREQUEST']._serialized_end=1624
+  _globals['_ALTERCOLLECTIONRESPONSE']._serialized_start=1626
+  _globals['_ALTERCOLLECTIONRESPONSE']._serialized_end=1695
+  _globals['_DROPCOLLECTIONREQUEST']._serialized_start=1697
+  _globals['_DROPCOLLECTIONREQUEST']._serialized_end=1775
+  _globals['_DROPCOLLECTIONRESPONSE']._serialized_start=1777
+  _globals['_DROPCOLLECTIONRESPONSE']._serialized_end=1801
+  _globals['_COLLECTIONS']._serialized_start=1804
+  _globals['_COLLECTIONS']._serialized_end=2266
 # @@protoc_insertion_point(module_scope)

@@ -65,6 +65,7 @@ class CollectionSchema(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     STORAGE_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    RECALL_SAMPLE_SHARE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """1 to 64 characters of [A-Za-z0-9_-], starting with a letter or digit."""
     dimension: _builtins.int
@@ -89,6 +90,10 @@ class CollectionSchema(_message.Message):
     """How a vector's values are stored. Fixed for the collection's life."""
     tier: _types_pb2.MemoryTier.ValueType
     """What is held in memory."""
+    recall_sample_share: _builtins.float
+    """Of the searches, at most this share is repeated exactly in the background to see which recall users get; 0 to 1,
+    0 is off, absent means 0.01.
+    """
     @_builtins.property
     def attributes(self) -> _containers.RepeatedCompositeFieldContainer[Global___AttributeDeclaration]:
         """Declared attributes, at most 64, in declaration order."""
@@ -114,13 +119,19 @@ class CollectionSchema(_message.Message):
         version: _builtins.int = ...,
         storage: _types_pb2.VectorStorage.ValueType = ...,
         tier: _types_pb2.MemoryTier.ValueType = ...,
+        recall_sample_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "model", b"model", "recall_target", b"recall_target"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_recall_sample_share", b"_recall_sample_share", "_recall_target", b"_recall_target", "model", b"model", "recall_sample_share", b"recall_sample_share", "recall_target", b"recall_target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "attributes", b"attributes", "chunking_rule", b"chunking_rule", "dimension", b"dimension", "id", b"id", "metric", b"metric", "model", b"model", "name", b"name", "partition_by", b"partition_by", "recall_target", b"recall_target", "replicas", b"replicas", "shards", b"shards", "storage", b"storage", "tier", b"tier", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_sample_share", b"_recall_sample_share", "_recall_target", b"_recall_target", "attributes", b"attributes", "chunking_rule", b"chunking_rule", "dimension", b"dimension", "id", b"id", "metric", b"metric", "model", b"model", "name", b"name", "partition_by", b"partition_by", "recall_sample_share", b"recall_sample_share", "recall_target", b"recall_target", "replicas", b"replicas", "shards", b"shards", "storage", b"storage", "tier", b"tier", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__recall_sample_share: _TypeAlias = _typing.Literal["recall_sample_share"]  # noqa: Y015
+    _WhichOneofArgType__recall_sample_share: _TypeAlias = _typing.Literal["_recall_sample_share", b"_recall_sample_share"]  # noqa: Y015
     _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
     _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_sample_share) -> _WhichOneofReturnType__recall_sample_share | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_target) -> _WhichOneofReturnType__recall_target | None: ...
 
 Global___CollectionSchema: _TypeAlias = CollectionSchema  # noqa: Y015
@@ -209,25 +220,69 @@ class DescribeCollectionResponse(_message.Message):
 
     SCHEMA_FIELD_NUMBER: _builtins.int
     ROWS_LIVE_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
     rows_live: _builtins.int
     """Live rows, as its shards last reported; Count gives the exact number."""
     @_builtins.property
     def schema(self) -> Global___CollectionSchema:
         """As stored."""
 
+    @_builtins.property
+    def recall(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecallEstimate]:
+        """What sampled searches reached, by how many rows they could return; what was not sampled is absent."""
+
     def __init__(
         self,
         *,
         schema: Global___CollectionSchema | None = ...,
         rows_live: _builtins.int = ...,
+        recall: _abc.Iterable[Global___RecallEstimate] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["schema", b"schema"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows_live", b"rows_live", "schema", b"schema"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["recall", b"recall", "rows_live", b"rows_live", "schema", b"schema"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DescribeCollectionResponse: _TypeAlias = DescribeCollectionResponse  # noqa: Y015
+
+@_typing.final
+class RecallEstimate(_message.Message):
+    """The recall that searches of one class reached, of those at the collection's own target."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FILTER_CLASS_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
+    RECALL_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    filter_class: _builtins.str
+    """"none" without a filter, "wide" where a tenth of the live rows or more passed it, else "narrow"."""
+    samples: _builtins.int
+    """Searches that were repeated exactly, the newest 1,000 of each replica at most."""
+    recall: _builtins.float
+    """Their mean recall."""
+    low: _builtins.float
+    """The true mean lies between `low` and `high` in at least 95 of 100 cases."""
+    high: _builtins.float
+    """See `low`."""
+    def __init__(
+        self,
+        *,
+        filter_class: _builtins.str = ...,
+        samples: _builtins.int = ...,
+        recall: _builtins.float = ...,
+        low: _builtins.float = ...,
+        high: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter_class", b"filter_class", "high", b"high", "low", b"low", "recall", b"recall", "samples", b"samples"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecallEstimate: _TypeAlias = RecallEstimate  # noqa: Y015
 
 @_typing.final
 class ListCollectionsRequest(_message.Message):
@@ -285,6 +340,7 @@ class AlterCollectionRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     IF_VERSION_FIELD_NUMBER: _builtins.int
     TIER_FIELD_NUMBER: _builtins.int
+    RECALL_SAMPLE_SHARE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The collection."""
     replicas: _builtins.int
@@ -297,6 +353,8 @@ class AlterCollectionRequest(_message.Message):
     """Applies the changes only to this version of the schema, else conflict."""
     tier: _types_pb2.MemoryTier.ValueType
     """What is held in memory from now on; unspecified: as it was."""
+    recall_sample_share: _builtins.float
+    """Of the searches, at most this share is repeated exactly to see which recall users get; 0 is off."""
     @_builtins.property
     def request_id(self) -> _types_pb2.RequestId:
         """Names this write."""
@@ -321,15 +379,18 @@ class AlterCollectionRequest(_message.Message):
         model: _types_pb2.EmbeddingModel | None = ...,
         if_version: _builtins.int | None = ...,
         tier: _types_pb2.MemoryTier.ValueType = ...,
+        recall_sample_share: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_sample_share", b"_recall_sample_share", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "recall_sample_share", b"recall_sample_share", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "add_attributes", b"add_attributes", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "name", b"name", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id", "tier", b"tier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule", "_if_version", b"_if_version", "_recall_sample_share", b"_recall_sample_share", "_recall_target", b"_recall_target", "_replicas", b"_replicas", "add_attributes", b"add_attributes", "chunking_rule", b"chunking_rule", "if_version", b"if_version", "model", b"model", "name", b"name", "recall_sample_share", b"recall_sample_share", "recall_target", b"recall_target", "replicas", b"replicas", "request_id", b"request_id", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chunking_rule: _TypeAlias = _typing.Literal["chunking_rule"]  # noqa: Y015
     _WhichOneofArgType__chunking_rule: _TypeAlias = _typing.Literal["_chunking_rule", b"_chunking_rule"]  # noqa: Y015
     _WhichOneofReturnType__if_version: _TypeAlias = _typing.Literal["if_version"]  # noqa: Y015
     _WhichOneofArgType__if_version: _TypeAlias = _typing.Literal["_if_version", b"_if_version"]  # noqa: Y015
+    _WhichOneofReturnType__recall_sample_share: _TypeAlias = _typing.Literal["recall_sample_share"]  # noqa: Y015
+    _WhichOneofArgType__recall_sample_share: _TypeAlias = _typing.Literal["_recall_sample_share", b"_recall_sample_share"]  # noqa: Y015
     _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
     _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
@@ -338,6 +399,8 @@ class AlterCollectionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chunking_rule) -> _WhichOneofReturnType__chunking_rule | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__if_version) -> _WhichOneofReturnType__if_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_sample_share) -> _WhichOneofReturnType__recall_sample_share | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_target) -> _WhichOneofReturnType__recall_target | None: ...
     @_typing.overload

@@ -33,6 +33,7 @@ class FakeBucket:
 
     schemas: dict[str, shoal.CollectionSchema] = field(default_factory=dict)
     rows: dict[str, dict[str, FakeRow]] = field(default_factory=dict)
+    recall: dict[str, tuple[shoal.RecallEstimate, ...]] = field(default_factory=dict)
     matrices: dict[tuple[str, str], tuple[list[str], Any]] = field(default_factory=dict)
     """By collection and filter: ids and vectors, made once between writes."""
 
@@ -162,7 +163,9 @@ class FakeClient:
         if name not in self.bucket.schemas:
             raise shoal.NotFound(f"there is no collection {name!r}", field="name")
         return shoal.CollectionDescription(
-            schema=self.bucket.schemas[name], rows_live=len(self.bucket.rows[name])
+            schema=self.bucket.schemas[name],
+            rows_live=len(self.bucket.rows[name]),
+            recall=self.bucket.recall.get(name, ()),
         )
 
     def list_collections(self) -> list[shoal.CollectionSchema]:

@@ -193,7 +193,8 @@ def test_create_passes_on_everything(served: FakeWorld) -> None:
         served, "collection", "create", "docs", "--dimension", "8", "--metric", "dot",
         "--attribute", "section:keyword", "--attribute", "year:int", "--partition-by", "section",
         "--shards", "4", "--replicas", "2", "--recall-target", "0.9", "--model", "a:b:2",
-        "--chunking-rule", "by paragraph", "--storage", "float16", "--tier", "disk", "--json",
+        "--chunking-rule", "by paragraph", "--storage", "float16", "--tier", "disk",
+        "--recall-sample-share", "0.5", "--json",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     schema = json.loads(result.stdout)["schema"]
@@ -212,7 +213,21 @@ def test_create_passes_on_everything(served: FakeWorld) -> None:
         "version": 1,
         "storage": "float16",
         "tier": "disk",
+        "recall_sample_share": 0.5,
     }
+
+
+def test_describe_shows_which_recall_searches_reach(served: FakeWorld) -> None:
+    bucket = served.buckets[served.up_calls[0].bucket]
+    bucket.recall["c1"] = tuple(
+        shoal.RecallEstimate(filter_class=kind, samples=1200, recall=0.96, low=0.95, high=0.97)
+        for kind in ("none", "narrow")
+    )
+    shown = run(served, "collection", "describe", "c1").stdout
+    assert "0.9600 (0.9500 to 0.9700, 1,200 samples)" in shown
+    assert "recall reached, narrow filters" in shown
+    described = json.loads(run(served, "collection", "describe", "c1", "--json").stdout)
+    assert [each["filter_class"] for each in described["recall"]] == ["none", "narrow"]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +239,7 @@ def test_create_passes_on_everything(served: FakeWorld) -> None:
         ["--attribute", "a:int", "--attribute", "a:float"],
         ["--model", "name"],
         ["--recall-target", "1.1"],
+        ["--recall-sample-share", "-0.1"],
         ["--metric", "euclid"],
         ["--storage", "int8"],
         ["--tier", "tape"],

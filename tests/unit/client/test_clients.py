@@ -288,12 +288,14 @@ def test_create_collection_sends_the_schema_and_returns_a_handle(
         model=("mini", "2"),
         storage="float16",
         tier="disk",
+        recall_sample_share=0.5,
     )
     (request,) = server.requests["CreateCollection"]
     assert request.schema.metric == types_pb2.METRIC_COSINE
     assert (request.schema.shards, request.schema.recall_target) == (4, 0.98)
     assert request.schema.storage == types_pb2.VECTOR_STORAGE_FLOAT16
     assert request.schema.tier == types_pb2.MEMORY_TIER_DISK
+    assert request.schema.recall_sample_share == 0.5
     notes.search([1, 0])
     assert server.requests["Search"][0].model == types_pb2.EmbeddingModel(name="mini", version="2")
 

@@ -114,6 +114,7 @@ def test_a_schema_survives_the_wire() -> None:
         recall_target=0.98,
         model=("mini", "2"),
         chunking_rule="paragraphs",
+        recall_sample_share=0.0,
     )
     assert schema_from_proto(schema_to_proto(schema)) == schema
 

@@ -13,6 +13,7 @@ from shoal_cluster.bucket.memory import MemoryStore
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import AlreadyExists, NotFound
 from shoal_cluster.domain.ids import CollectionId, SystemIdGenerator
+from shoal_cluster.domain.recall import FilterClass, RecallEstimate
 from shoal_cluster.domain.request import RequestName
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.domain.schema_change import SchemaChange, apply_change
@@ -27,6 +28,7 @@ from shoal_protos.v1 import types_pb2
 from tests.unit.query.fake_cluster import FakeCluster
 
 HOST = "127.0.0.1:0"
+ESTIMATE = RecallEstimate(filter_class=FilterClass.WIDE, samples=200, recall=0.95, trials=1000.0)
 
 
 class CountingIds:
@@ -83,7 +85,7 @@ class FakeControl:
         self.cluster.publish(left)
 
     async def describe_collection(self, collection: str, *, timeout_s: float) -> CollectionStatus:
-        return CollectionStatus(schema=self._schema(collection), rows_live=42)
+        return CollectionStatus(schema=self._schema(collection), rows_live=42, recall=(ESTIMATE,))
 
     async def list_collections(self, *, timeout_s: float) -> Sequence[CollectionSchema]:
         return [place.schema for place in self.cluster.topology.collections.values()]

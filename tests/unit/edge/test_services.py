@@ -28,7 +28,7 @@ from shoal_protos.v1 import (
     search_pb2_grpc,
     types_pb2,
 )
-from tests.unit.edge.loopback import Loopback, detail_of, loopback, run
+from tests.unit.edge.loopback import ESTIMATE, Loopback, detail_of, loopback, run
 from tests.unit.query.fake_cluster import a_schema
 
 KINDS = {
@@ -183,6 +183,9 @@ def test_a_collection_is_created_described_listed_altered_and_dropped() -> None:
                 collections_pb2.DescribeCollectionRequest(name="docs")
             )
             assert described.schema == created and described.rows_live == 42
+            [estimate] = described.recall
+            assert (estimate.filter_class, estimate.samples) == ("wide", 200)
+            assert 0.9 < estimate.low < estimate.recall == 0.95 < estimate.high < 1
             altered = await stub.AlterCollection(
                 collections_pb2.AlterCollectionRequest(
                     request_id=request_id(3),
@@ -193,6 +196,7 @@ def test_a_collection_is_created_described_listed_altered_and_dropped() -> None:
                         )
                     ],
                     replicas=2,
+                    recall_sample_share=0.0,
                     tier=types_pb2.MEMORY_TIER_FULL,
                     if_version=1,
                 )
@@ -201,6 +205,8 @@ def test_a_collection_is_created_described_listed_altered_and_dropped() -> None:
             assert created.tier == types_pb2.MEMORY_TIER_COMPACT
             assert created.storage == types_pb2.VECTOR_STORAGE_FLOAT32
             assert altered.schema.tier == types_pb2.MEMORY_TIER_FULL
+            assert created.recall_sample_share == 0.01
+            assert altered.schema.recall_sample_share == 0.0
             assert altered.schema.attributes[-1].name == "colour"
             assert altered.schema.recall_target == 0.98
             listed = await stub.ListCollections(collections_pb2.ListCollectionsRequest())
@@ -435,6 +441,7 @@ def test_status_reports_every_field() -> None:
                     CollectionStatus(
                         schema=a_schema(),
                         rows_live=11,
+                        recall=(ESTIMATE,),
                         shards=(
                             ShardStatus(
                                 shard=ShardNumber(0),
@@ -462,6 +469,7 @@ def test_status_reports_every_field() -> None:
             assert (shard.epoch, shard.seq, shard.memtable_rows, shard.segments) == (3, 9, 4, 2)
             assert shard.replicas[0].role == admin_pb2.REPLICA_ROLE_PRIMARY
             assert shard.replicas[0].set_checksum == 2**64 - 1
+            assert status.collections[0].recall[0].samples == ESTIMATE.samples
             assert (status.actors[0].pid, status.nodes[0].cpus, status.age_ms) == (7, 2, 12)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.Status(admin_pb2.StatusRequest(collection="nope"))
