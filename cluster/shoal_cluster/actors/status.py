@@ -9,6 +9,7 @@ from shoal_cluster.control.catalog import CollectionRecord
 from shoal_cluster.control.controller import ControlLoop
 from shoal_cluster.domain.ids import ServerId, ShardNumber, cluster_uuid_text
 from shoal_cluster.domain.observation import ReplicaReport, ReplicaState
+from shoal_cluster.domain.recall import merged
 from shoal_cluster.domain.session import Position
 from shoal_cluster.domain.status import (
     ActorStatus,
@@ -117,6 +118,13 @@ def _collection_status(record: CollectionRecord, loop: ControlLoop) -> Collectio
         schema=record.schema,
         rows_live=sum(shard.rows_live for shard in shards),
         shards=shards,
+        recall=merged(
+            estimate
+            for report in loop.reports.values()
+            for replica in report.replicas
+            if replica.collection == record.schema.id
+            for estimate in replica.recall
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from shoal_cluster.domain.ids import (
     ShardNumber,
     Slot,
 )
+from shoal_cluster.domain.recall import RecallEstimate
 
 
 class ReplicaState(enum.Enum):
@@ -28,7 +29,7 @@ class ReplicaReport:
 
     memory_bytes: resident; mapped_bytes: mapped files, resident as the page cache pleases.
     appends, operations: since the replica became primary. reason: what is wrong with it, or fails
-    in its background; failures: how often in a row.
+    in its background; failures: how often in a row. recall: what sampled searches reach.
     """
 
     collection: CollectionId
@@ -52,16 +53,24 @@ class ReplicaReport:
     operations: int
     sealing: bool
     failures: int = 0
+    recall: tuple[RecallEstimate, ...] = ()
 
     def to_wire(self) -> dict[str, Any]:
         return {
             **{name: getattr(self, name) for name in _REPLICA_FIELDS},
             "state": self.state.value,
+            "recall": [estimate.to_wire() for estimate in self.recall],
         }
 
     @staticmethod
     def from_wire(fields: Mapping[str, Any]) -> "ReplicaReport":
-        return ReplicaReport(**{**fields, "state": ReplicaState(fields["state"])})
+        return ReplicaReport(
+            **{
+                **fields,
+                "state": ReplicaState(fields["state"]),
+                "recall": tuple(RecallEstimate.from_wire(each) for each in fields["recall"]),
+            }
+        )
 
 
 _REPLICA_FIELDS = tuple(field.name for field in fields(ReplicaReport))

@@ -53,6 +53,7 @@ from shoal_cluster.shard.damage import Damage, Part
 from shoal_cluster.shard.loading_calls import LoadCall, LoadReply
 from shoal_cluster.shard.ports import Publisher, ShardPorts
 from shoal_cluster.shard.primary import Primary
+from shoal_cluster.shard.recall_sampling import RecallSampler, SampleBudget
 from shoal_cluster.shard.replica import Replica
 from shoal_cluster.shard.scrubbing import Scrubber
 from shoal_cluster.shard.search_queue import SearchQueue
@@ -74,6 +75,7 @@ ShardName = tuple[CollectionId, ShardNumber]
 @dataclass(slots=True)
 class _Hosted:
     replica: Replica
+    sampler: RecallSampler
     state: ReplicaState
     opening: asyncio.Task[None] | None = None
     primary: Primary | None = None
@@ -102,6 +104,7 @@ class ShardHost:
         self.scrubber = Scrubber(ports, self._serving, self.treat)
         self._scrubbing: asyncio.Task[None] | None = None
         self._queue = SearchQueue(ports.compute, ports.clock, ports.search_workers)
+        self._sample_budget = SampleBudget(ports.clock)
         self.searches = 0
 
     def start_scrubbing(self) -> None:
@@ -115,6 +118,7 @@ class ShardHost:
         hosted = self._hosted.get(name)
         if hosted is not None and hosted.state is not ReplicaState.FAILED:
             hosted.replica.alter(schema)
+            hosted.sampler.alter()
             return
         failures = 0
         if hosted is not None:
@@ -123,7 +127,12 @@ class ShardHost:
                 return
             failures = hosted.failures
         replica = Replica(schema, shard, self._ports)
-        hosted = _Hosted(replica=replica, state=ReplicaState.LOADING, failures=failures)
+        hosted = _Hosted(
+            replica=replica,
+            sampler=RecallSampler(replica, self._ports.background, self._sample_budget),
+            state=ReplicaState.LOADING,
+            failures=failures,
+        )
         replica.on_died = functools.partial(self._bury, name, hosted)
         hosted.opening = asyncio.ensure_future(self._load(name, hosted))
         self._hosted[name] = hosted
@@ -238,9 +247,7 @@ class ShardHost:
         if hosted.opening is not None:
             hosted.opening.cancel()
             await asyncio.gather(hosted.opening, return_exceptions=True)
-        if hosted.primary is not None:
-            await hosted.primary.close()
-        await hosted.replica.close()
+        await _retire(hosted)
 
     async def close_all(self) -> None:
         if self._scrubbing is not None:
@@ -310,13 +317,14 @@ class ShardHost:
         started_s = self._ports.clock.monotonic_s()
         await hosted.replica.wait_for(call.level)
         with self._guarding(name, hosted):
-            answer = await self._search(hosted.replica, call, body, started_s)
+            answer = await self._search(hosted, call, body, started_s)
         return answer
 
     async def _search(
-        self, replica: Replica, call: SearchCall, body: bytes | memoryview, started_s: float
+        self, hosted: _Hosted, call: SearchCall, body: bytes | memoryview, started_s: float
     ) -> tuple[SearchReply, bytes]:
         clock = self._ports.clock
+        replica = hosted.replica
         schema = replica.schema
         order = search.SearchOrder(
             queries=queries_of(body, schema.dimension),
@@ -354,6 +362,7 @@ class ShardHost:
             as_of=as_of,
             explain=explain,
         )
+        hosted.sampler.offer(prepared, order, hits)
         return reply, rows_body(vectors, tails)
 
     async def get(self, call: GetCall) -> tuple[RowsReply, bytes]:
@@ -436,6 +445,7 @@ class ShardHost:
             operations=primary.operations if primary is not None else 0,
             sealing=primary is not None and primary.sealing,
             failures=max(hosted.failures if hosted.reason else 0, replica.failures.count),
+            recall=hosted.sampler.estimates,
         )
 
     def _rows(
@@ -512,6 +522,7 @@ def require_ids_fit(ids: Sequence[bytes]) -> None:
 
 
 async def _retire(hosted: _Hosted) -> None:
+    hosted.sampler.close()
     if hosted.primary is not None:
         await hosted.primary.close()
     await hosted.replica.close()
