@@ -27,7 +27,7 @@ from shoal_cluster.shard.search import Prepared, SearchOrder, ShardHits
 _log = structlog.get_logger()
 
 SAMPLE_CORE_SHARE_MAX: Final = 0.02
-"""Of one core: an exact search of 1,000,000 x 384 takes 0.15 s, so one in 7 s at the most."""
+"""Of one core: an exact search of 100,000 x 384 takes 10 ms, so two in a second at the most."""
 
 WINDOW: Final = 1_000
 """Samples an estimate is made of: at recall 0.95 its interval is 0.01 wide or less."""
@@ -36,8 +36,8 @@ QUERIES_KEPT: Final = 256
 """Sampled queries kept to measure curves with, where there is one; the build uses 200 of a kind."""
 
 MEASURED_TOGETHER: Final = 16
-"""Queries of one piece of a measurement: of a segment of 1,000,000 x 384 about a second and a half,
-for which the background thread does nothing else."""
+"""Queries of one piece of a measurement, for which the background thread does nothing else: 0.1 to
+0.3 s of a segment of 100,000 x 384, two seconds for all pieces."""
 
 JUDGED_MIN: Final = 100
 """Samples below which nothing is concluded."""
