@@ -30,6 +30,7 @@ OUT_OF_REACH: Mapping[tuple[str, str], str] = {
     ("shard/deletions.py", "read_deletions"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/checking.py", "*"): "`shoal check` looks at a bucket that nobody serves",
     ("shard/segment_checking.py", "*"): "`shoal check` looks at a bucket that nobody serves",
+    ("shard/load_objects.py", "*"): "the simulation does not load in bulk yet",
     ("shard/scrubbing.py", "*"): "the scrubber only reads; it is not part of the simulation yet",
     ("shard/paced_reading.py", "*"): "as the scrubber",
     ("shard/object_scrubbing.py", "*"): "as the scrubber",
