@@ -13,9 +13,9 @@ from shoal_cluster.domain.schema import AttributeType
 from shoal_cluster.domain.session import Consistency, Position
 from shoal_cluster.domain.topology import CollectionPlace, Topology
 from shoal_cluster.filtering.expression import Comparison, Operator
+from shoal_cluster.query import batching
 from shoal_cluster.query.batching import (
     BATCH_QUERIES_MAX,
-    IN_FLIGHT_MAX,
     SearchBatches,
     Waiting,
 )
@@ -27,6 +27,7 @@ from shoal_cluster.shard.calls import AsOf, ReadLevel, SearchCall, SearchReply
 from tests.unit.query.fake_cluster import a_schema
 
 DIMENSION, K = 2, 3
+IN_FLIGHT_MAX = 2
 SCHEMA = replace(
     a_schema(shards=2, dimension=DIMENSION), attributes={"color": AttributeType.KEYWORD}
 )
@@ -35,6 +36,11 @@ TOPOLOGY = Topology(
     cluster_uuid=bytes(16),
     collections={"docs": CollectionPlace(schema=SCHEMA, shards=())},
 )
+
+
+@pytest.fixture(autouse=True)
+def two_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "IN_FLIGHT_MAX", IN_FLIGHT_MAX)
 
 
 def position(seq: int) -> Position:
