@@ -98,9 +98,9 @@ LOAD_SEGMENT_CHUNKS = 48
 32 MiB. Larger segments are what compaction is for."""
 LOADS_MAX = 64
 """Loads that a shard prepares at once, or keeps prepared."""
-LOADS_REMEMBERED = 256
-"""Committed loads that a manifest names: more than are run again by mistake before their objects
-are collected, 5 kB."""
+LOADS_REMEMBERED = 1024
+"""Loads that a shard takes in its life: its manifest names each that was committed, 40 kB. One that
+was forgotten could be committed again, over what was written since (docs/design/bulk-load.md)."""
 LOAD_ABANDONED_S = 24 * 3600.0
 """A load without decision to which nothing was added for so long is aborted."""
 

@@ -6,12 +6,12 @@ M-3 segment ids are unique and no segment was made by a later epoch than the man
 M-4 sequence numbers of segments do not pass floor_seq.
 M-5 a child has the next version, an epoch and floors that do not go back, and names its parent.
 M-6 the floor is of the manifest's epoch or an earlier one.
-M-7 no bulk load is remembered twice, and no more than LOADS_REMEMBERED are.
+M-7 no bulk load is remembered twice, and no more are than a shard takes.
 """
 
 from shoal_cluster.domain.errors import Corrupt
 from shoal_cluster.domain.keys import epoch_of_segment
-from shoal_cluster.domain.limits import LOADS_REMEMBERED
+from shoal_cluster.domain.limits import LOADS_MAX, LOADS_REMEMBERED
 from shoal_cluster.domain.point import SUM_MODULUS
 from shoal_cluster.manifest.manifest import Manifest
 
@@ -36,7 +36,7 @@ def violations(manifest: Manifest) -> list[str]:
             )
     if manifest.floor_epoch > manifest.epoch:
         found.append(f"M-6: floor epoch {manifest.floor_epoch} is later than {manifest.epoch}")
-    if not len(set(manifest.loads)) == len(manifest.loads) <= LOADS_REMEMBERED:
+    if not len(set(manifest.loads)) == len(manifest.loads) <= LOADS_REMEMBERED + LOADS_MAX:
         found.append(f"M-7: {len(manifest.loads)} loads are remembered, some of them twice")
     if len({segment.id for segment in manifest.segments}) != len(manifest.segments):
         found.append("M-3: a segment is listed twice")

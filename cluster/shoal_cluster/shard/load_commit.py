@@ -20,7 +20,6 @@ from pyroaring import BitMap
 
 from shoal_cluster.domain.errors import Corrupt, NotPrimary
 from shoal_cluster.domain.ids import SegmentId, Seq
-from shoal_cluster.domain.limits import LOADS_REMEMBERED
 from shoal_cluster.domain.point import SUM_MODULUS
 from shoal_cluster.manifest.manifest import SegmentEntry
 from shoal_cluster.segment.reader import SegmentReader
@@ -137,7 +136,7 @@ class LoadCommit:
             floor_seq=Seq(point.floor_seq + rows),
             floor_put_id=point.floor_put_id,
             dedup=point.dedup,
-            loads=(*parent.loads, self._load)[-LOADS_REMEMBERED:],
+            loads=(*parent.loads, self._load),
         )
         expected = (point.sum + sum(loaded.sum for loaded in added) - removed) % SUM_MODULUS
         if child.sum != expected:
@@ -145,7 +144,12 @@ class LoadCommit:
                 f"load {self._load} would make the rows sum to {child.sum:016x} where the log and "
                 f"the loaded rows give {expected:016x} (L-2); nothing was committed"
             )
-        await sealer._commit(parent, child, views)
+        # Until it is installed here others may show the load: strong reads wait for it.
+        self._replica.load_settled.clear()
+        try:
+            await sealer._commit(parent, child, views)
+        finally:
+            self._replica.load_settled.set()
         _log.info(
             "load_committed",
             shard=self._replica.keys.shard,

@@ -80,17 +80,16 @@ def plan_loads(found: Iterable[LoadFound], manifest: Manifest, keys: ShardKeys) 
                 staged |= {entry.id for entry in prepared.segments}
             continue
         epoch = one.decision.epochs.get(keys.shard)
-        chosen = None
-        if epoch is not None and one.load not in manifest.loads:
-            load_keys = LoadKeys(keys.collection, keys.shard, one.load)
-            chosen = one.prepared.get(load_keys.prepared_by(epoch))
-        if chosen is None:
-            # Aborted, without rows here, or committed: prepared segments are gone last of all.
+        if epoch is None or one.load in manifest.loads:
+            # Aborted, without rows here, or committed.
             garbage += one.keys
             ended.append(one.load)
-        else:
+            continue
+        load_keys = LoadKeys(keys.collection, keys.shard, one.load)
+        chosen = one.prepared.get(load_keys.prepared_by(epoch))
+        if chosen is not None:
             staged |= {entry.id for entry in chosen.segments}
-            unfinished.append(one.load)
+        unfinished.append(one.load)
     return LoadPlan(
         staged=frozenset(staged),
         garbage=tuple(garbage),

@@ -21,6 +21,7 @@ from shoal_cluster.domain.errors import (
     Conflict,
     Corrupt,
     Internal,
+    InvalidRequest,
     NotFound,
     NotPrimary,
     Overloaded,
@@ -139,6 +140,14 @@ class Loads:
                     "abort some",
                     limit=f"{limits.LOADS_MAX} loads",
                     retry_after_ms=_RETRY_MS,
+                )
+            if len(self._sealer.manifest().loads) >= limits.LOADS_REMEMBERED:
+                raise InvalidRequest(
+                    f"shard {call.shard} has had {len(self._sealer.manifest().loads)} bulk loads; "
+                    "it remembers each for ever, so that none is committed twice. Use bulk_upsert, "
+                    "or load into a new collection; nothing was changed",
+                    field="load_id",
+                    limit=f"{limits.LOADS_REMEMBERED} loads of a collection",
                 )
             load = self._loads[call.load] = _Load(chunks=tuple(call.chunks))
         elif load.chunks and load.chunks != tuple(call.chunks):
@@ -264,7 +273,10 @@ class Loads:
         if segments is None:
             prepared = await read_prepared(ports.store, keys, keys.prepared_by(epoch))
             if prepared is None:
-                return  # collected, so it was committed before
+                raise Corrupt(
+                    f"object {keys.prepared_by(epoch)} is gone, though load {name} was decided and "
+                    "is not committed in this shard (G-3); nothing was changed"
+                )
             segments = [await self._opened(entry) for entry in prepared.segments]
         try:
             await LoadCommit(self._replica, self._sealer, name, segments).run()

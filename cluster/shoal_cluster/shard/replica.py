@@ -86,6 +86,9 @@ class Replica:
         self.doubted: set[SegmentId] = set()
         """Segments whose objects the primary is to read at once (shard/object_scrubbing.py)."""
         self.advancing = asyncio.Lock()
+        # Clear while a bulk load's manifest of ours is on its way (load_commit.py).
+        self.load_settled = asyncio.Event()
+        self.load_settled.set()
         self._probe: asyncio.Task[None] | None = None
         self._probes: set[asyncio.Task[None]] = set()
         self._pushed: dict[Slot, bytes] = {}
@@ -323,6 +326,10 @@ class Replica:
                 if newest is not None and newest > self.manifest_version:
                     if self.leader is None:
                         await self.load_manifest()
+                        continue
+                    if not self.load_settled.is_set():
+                        # It may have landed, and a follower may have shown it already.
+                        await self.load_settled.wait()
                         continue
                     if slot == doubtful:
                         # Absent may mean: landed, fenced, sealed by another and collected.

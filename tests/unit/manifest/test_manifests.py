@@ -19,7 +19,7 @@ from shoal_cluster.domain.ids import (
     Slot,
 )
 from shoal_cluster.domain.keys import ShardKeys, padded
-from shoal_cluster.domain.limits import LOADS_REMEMBERED
+from shoal_cluster.domain.limits import LOADS_MAX, LOADS_REMEMBERED
 from shoal_cluster.manifest import invariants
 from shoal_cluster.manifest.commit import Manifests
 from shoal_cluster.manifest.manifest import FileEntry, Manifest, SegmentEntry
@@ -85,7 +85,7 @@ def test_a_sound_manifest_keeps_all_invariants():
         ("M-4", replace(MANIFEST, segments=(replace(SEGMENT, min_seq=Seq(31)),))),
         ("M-6", replace(MANIFEST, floor_epoch=Epoch(3))),
         ("M-7", replace(MANIFEST, loads=("a", "b", "a"))),
-        ("M-7", replace(MANIFEST, loads=tuple(map(str, range(LOADS_REMEMBERED + 1))))),
+        ("M-7", replace(MANIFEST, loads=tuple(map(str, range(LOADS_REMEMBERED + LOADS_MAX + 1))))),
     ],
 )
 def test_a_broken_invariant_is_named(invariant, broken):

@@ -474,3 +474,59 @@ def test_a_collection_partitioned_over_shards_refuses_loads(tmp_path):
         await node.crash()
 
     run(scenario())
+
+
+def test_a_strong_read_waits_for_a_load_that_others_may_show_already(tmp_path, monkeypatch):
+    """The manifest has landed, its reply has not come: a follower shows the load, so we must."""
+    landed, answered = asyncio.Event(), asyncio.Event()
+
+    async def scenario():
+        shard, node = await shard_with_rows(tmp_path)
+        await stage(loader_of(node), "l1", CHUNKS)
+        manifests = node.replica.manifests
+        committing = manifests.commit
+
+        async def slow(parent, child):
+            done = await committing(parent, child)
+            if child.loads:
+                landed.set()
+                await answered.wait()
+            return done
+
+        monkeypatch.setattr(manifests, "commit", slow)
+        load = asyncio.ensure_future(commit(loader_of(node), "l1", list(CHUNKS)))
+        await landed.wait()
+        follower = await shard.follow()
+        await follower.replica.wait_for(STRONG)
+        assert points_of(follower.replica) == AFTER
+        reading = asyncio.ensure_future(node.replica.wait_for(STRONG))
+        await asyncio.sleep(5.0)
+        assert not reading.done()
+        answered.set()
+        await reading
+        assert points_of(node.replica) == AFTER
+        await load
+        await node.crash()
+        await follower.crash()
+
+    run(scenario())
+
+
+def test_a_shard_forgets_no_load_and_takes_no_more_than_it_remembers(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "LOADS_REMEMBERED", 2)
+
+    async def scenario():
+        shard, node = await shard_with_rows(tmp_path)
+        for load in ("l1", "l2"):
+            await run_load(loader_of(node), load, CHUNKS)
+        await stage(loader_of(node), "l3", CHUNKS)
+        with pytest.raises(InvalidRequest, match="has had 2 bulk loads") as caught:
+            await commit(loader_of(node), "l3", list(CHUNKS))
+        assert caught.value.field == "load_id"
+        assert node.replica.manifest.loads == ("l1", "l2")
+        await run_load(loader_of(node), "l1", CHUNKS)
+        assert node.replica.manifest.loads == ("l1", "l2")
+        assert await problems_of(shard) == []
+        await node.crash()
+
+    run(scenario())
