@@ -69,12 +69,28 @@ BEGINNING = Place(slot=0, epoch=0, put_id=0, seq=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadEntry:
+    """A bulk load in a manifest: its rows are numbered from `base` + 1."""
+
+    load: int
+    base: int
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ManifestObject(Stored):
-    """Every row up to and including the floor is in `rows`, the sealed segments."""
+    """Every row up to and including the floor is in `rows`, the sealed segments.
+
+    entries: of all bulk loads, for the checker. remembered: the last of them, for actors. segments:
+    those of bulk loads that are listed. See load_model.py.
+    """
 
     epoch: int
     floor: Place
     rows: Rows
+    entries: tuple[LoadEntry, ...] = ()
+    remembered: tuple[int, ...] = ()
+    segments: frozenset[int] = frozenset()
 
 
 EMPTY_MANIFEST = ManifestObject(put_id=0, epoch=0, floor=BEGINNING, rows=NO_ROWS)

@@ -138,14 +138,18 @@ REPLICA_NAP_SHARE = 0.3
 class Term:
     """What a primary knows: its epoch, the newest manifest version, and the log it holds.
 
-    appending: the slot whose put is unresolved. ended: it has learned that it was deposed.
+    sealed: the manifest it committed or claimed with last. appending: the slot whose put is
+    unresolved. loading: a manifest that brings a bulk load is unresolved (load_model.py). ended: it
+    has learned that it was deposed.
     """
 
     epoch: int
     version: int
+    sealed: ManifestObject
     tail: Place
     rows: set[Row]
     appending: int | None = None
+    loading: bool = False
     ended: bool = False
 
     def add(self, stored: LogObject) -> None:
@@ -158,8 +162,7 @@ class View:
 
     def __init__(self, manifest: ManifestObject) -> None:
         self.place = manifest.floor
-        self._floor = manifest.floor
-        self._sealed = manifest.rows
+        self.manifest = manifest
         self._applied: list[tuple[int, Rows]] = []
 
     @property
@@ -167,7 +170,7 @@ class View:
         return Position(self.place.epoch, self.place.seq)
 
     def rows(self) -> Rows:
-        return self._sealed.union(*(rows for _, rows in self._applied))
+        return self.manifest.rows.union(*(rows for _, rows in self._applied))
 
     def apply(self, stored: LogObject) -> None:
         self.place = self.place.after(stored)
@@ -177,16 +180,16 @@ class View:
         """Takes a newer manifest: below its floor only the sealed rows count, above it the log.
 
         Its floor may lie below the one before: a manifest that was created at a collected version
-        is true of the log, though nobody committed it. Then the log is read again from there.
+        is true of the log, though nobody committed it. Then the log is read again from there. A
+        floor in our own slot may have a higher number (a bulk load), or the true one again.
         """
         floor = manifest.floor
-        if self._floor.slot <= floor.slot <= self.place.slot:
+        if self.manifest.floor.slot <= floor.slot < self.place.slot:
             self._applied = [entry for entry in self._applied if entry[0] > floor.slot]
         else:
             self._applied = []
             self.place = floor
-        self._floor = floor
-        self._sealed = manifest.rows
+        self.manifest = manifest
 
 
 class Shard:
@@ -195,6 +198,7 @@ class Shard:
     def __init__(self, bucket: Bucket, random: Random, chances: Chances, variant: Variant) -> None:
         self.history = History()
         self.spawned: list[Steps[None]] = []
+        self.loads_allowed = False
         self._bucket = bucket
         self._random = random
         self._chances = chances
@@ -299,7 +303,13 @@ class Shard:
             return None
         yield self._nap()
 
-        term = Term(epoch=epoch, version=version + 1, tail=manifest.floor, rows=set(manifest.rows))
+        term = Term(
+            epoch=epoch,
+            version=version + 1,
+            sealed=claim,
+            tail=manifest.floor,
+            rows=set(manifest.rows),
+        )
         while True:
             slot = term.tail.slot + 1
             stored = yield from bucket.get(bucket.wal, slot)
@@ -312,6 +322,7 @@ class Shard:
             if stored.epoch > epoch:
                 return None
             looks = stored.is_fence and self._variant is not Variant.NO_FLOOR_CHECK
+            looks = looks or (stored.next_seq > term.tail.seq + 1 and self.loads_allowed)
             if looks and (yield from self._newer_manifest_listed(term.version)):
                 if self._variant is not Variant.CLAIM_OUTLIVED:
                     return None
@@ -357,7 +368,8 @@ class Shard:
     def flush(self, term: Term) -> Steps[bool]:
         """Seals the whole log and commits the manifest; False when deposed."""
         while True:
-            sealed = ManifestObject(
+            sealed = replace(
+                term.sealed,
                 put_id=self._unique(),
                 epoch=term.epoch,
                 floor=term.tail,
@@ -365,6 +377,7 @@ class Shard:
             )
             if (yield from self.commit(term.version + 1, sealed)):
                 term.version += 1
+                term.sealed = sealed
                 self.history.flushes += 1
                 return True
             term.version, newest = yield from self.newest_manifest()
@@ -457,7 +470,9 @@ class Shard:
                     newer = yield from self._newer_manifest_listed(version)
                 stored = yield from bucket.get(bucket.wal, view.place.slot + 1)
                 if stored is not None:
-                    if stored.is_fence and self._variant is not Variant.FENCE_TAKEN_ON_TRUST:
+                    gap = self.loads_allowed and stored.next_seq > view.place.seq + 1
+                    fence = stored.is_fence and self._variant is not Variant.FENCE_TAKEN_ON_TRUST
+                    if gap or fence:
                         slot = view.place.slot + 1
                         if (yield from self._newer_manifest_listed(version)):
                             version, manifest = yield from self.newest_manifest()
