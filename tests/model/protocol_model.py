@@ -516,7 +516,7 @@ class Shard:
 
 
 @dataclass(slots=True, eq=False)
-class _Actor:
+class Actor:
     steps: Steps[None]
     pace: float
     wakes_at: int = 0
@@ -540,13 +540,13 @@ def run_schedule(seed: int, variant: Variant = Variant.CORRECT) -> Outcome:
     chances = draw_chances(random)
     bucket = Bucket(random, Network())
     shard = Shard(bucket, random, chances, variant)
-    actors = [_Actor(shard.collector(), chances.collector_pace)]
+    actors = [Actor(shard.collector(), chances.collector_pace)]
     for steps in (shard.writer(), shard.writer(), shard.replica(), shard.replica()):
-        actors.append(_Actor(steps, random.choice(chances.paces)))
-    last: _Actor | None = None
+        actors.append(Actor(steps, random.choice(chances.paces)))
+    last: Actor | None = None
     for step in range(STEPS_PER_SCHEDULE):
         if random.random() < chances.arrival:
-            actors.append(_Actor(shard.writer(), random.choice(chances.paces)))
+            actors.append(Actor(shard.writer(), random.choice(chances.paces)))
         if random.random() < chances.repacing:
             random.choice(actors).pace = random.choice(LATER_PACES)
         if last is None or last.wakes_at > step or random.random() >= chances.burst:
@@ -559,7 +559,7 @@ def run_schedule(seed: int, variant: Variant = Variant.CORRECT) -> Outcome:
             actors.remove(last)
             last = None
         while shard.spawned:
-            actors.append(_Actor(shard.spawned.pop(), random.choice(chances.paces)))
+            actors.append(Actor(shard.spawned.pop(), random.choice(chances.paces)))
     bucket.settle()
     history = shard.history
     return Outcome(

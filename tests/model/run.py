@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.model.load_model import Flaw, run_loads
 from tests.model.protocol_model import Variant, run_schedule
 
 REPORT = Path("build/model.json")
@@ -72,6 +73,20 @@ def line_of(tally: Tally) -> str:
     )
 
 
+def check_loads(seeds: int) -> bool:
+    """Prints what bulk loads, and each without one rule, did; False when the former failed."""
+    sound = True
+    for flaw in Flaw:
+        outcomes = [run_loads(seed, flaw) for seed in range(seeds)]
+        found = Counter(violation for violation, _, _ in outcomes if violation is not None)
+        sound = sound and not (found and flaw is Flaw.NONE)
+        shown = ", ".join(f"{kind} ×{count}" for kind, count in sorted(found.items()))
+        loads = sum(count for _, count, _ in outcomes)
+        takeovers = sum(count for _, _, count in outcomes)
+        print(f"{flaw.value:24} {seeds:9,} {takeovers:10,} {loads:9,} loads   {shown or 'none'}")
+    return sound
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, prog="python -m tests.model.run")
     parser.add_argument("--seeds", type=int, default=2000, help="schedules for each variant")
@@ -87,10 +102,11 @@ def main() -> int:
     for variant in Variant:
         tallies.append(check(variant, seeds))
         print(line_of(tallies[-1]), flush=True)
+    sound = check_loads(seeds)
     REPORT.parent.mkdir(parents=True, exist_ok=True)
     REPORT.write_text(json.dumps([asdict(tally) for tally in tallies], indent=2) + "\n")
     print(f"written to {REPORT}")
-    return 1 if tallies[0].violations else 0
+    return 1 if tallies[0].violations or not sound else 0
 
 
 if __name__ == "__main__":

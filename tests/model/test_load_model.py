@@ -10,6 +10,7 @@ import pytest
 
 from tests.model.bucket import FAULTLESS, Bucket, Folder, LoadEntry, Steps, Stored, recover
 from tests.model.history import Position, find_violation
+from tests.model.load_model import Flaw, run_loads
 from tests.model.protocol_model import Chances, Shard, Term, Variant
 from tests.model.test_protocol_model import advance, finish
 
@@ -74,7 +75,7 @@ def led(shard: LoadingShard) -> Term:
 
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_primarys_strong_read_waits_for_the_manifest_of_a_load(waits):
-    """A follower shows the load as soon as the manifest has landed; the primary must not go back."""
+    """A follower shows the load once its manifest has landed; the primary must not go back."""
     shard = LoadingShard(waits=waits)
     term = led(shard)
     shard.prepared.apply(1, Stored(put_id=99))
@@ -114,3 +115,29 @@ def test_a_follower_that_meets_the_gap_takes_the_manifest_first():
     advance(replica, lambda: len(shard.history.strong_reads) == 2)
     assert find_violation(shard.history, recover(shard.bucket)) is None
     assert len(shard.history.strong_reads[-1].rows) == 3
+
+
+# Where `python -m tests.model.run` found the first violation of each.
+CAUGHT_AT = {
+    Flaw.NOT_READ_AGAIN: 3,
+    Flaw.UNDECIDED: 32,
+    Flaw.BASE_RESERVED: 2,
+    Flaw.GAP_PASSED: 10,
+    Flaw.PREPARED_IGNORED: 2,
+    Flaw.NOT_RECORDED: 10,
+    Flaw.FORGOTTEN: 66,
+    Flaw.READ_NOT_HELD: 339,
+    Flaw.NO_JUMP: 8,
+}
+
+
+def test_loads_survive_random_schedules():
+    outcomes = [run_loads(seed) for seed in range(400)]
+    assert {violation for violation, _, _ in outcomes} == {None}
+    assert sum(loads for _, loads, _ in outcomes) > 50
+
+
+@pytest.mark.parametrize("flaw", [flaw for flaw in Flaw if flaw is not Flaw.NONE])
+def test_a_load_without_one_of_its_rules_is_caught(flaw):
+    assert run_loads(CAUGHT_AT[flaw], flaw)[0] is not None
+    assert run_loads(CAUGHT_AT[flaw])[0] is None
