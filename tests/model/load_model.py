@@ -57,6 +57,7 @@ class Flaw(enum.Enum):
     FORGOTTEN = "load_forgotten"
     READ_NOT_HELD = "load_read_not_held"
     NO_JUMP = "load_no_jump"
+    LISTED_FIRST = "load_listed_first"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,13 +230,19 @@ class LoadingShard(Shard):
             yield 0
 
     def collect(self) -> Steps[None]:
-        """Collects loads as G-3 says, then the rest."""
+        """Collects loads as G-3 says, then the rest.
+
+        Of epochs before the one that was newest when it began: what a later one deposed meanwhile
+        may have prepared after the listing. A primary collects, so its claim came first.
+        """
+        _, before = yield from self.newest_manifest()
         segments = yield from self.bucket.list_above(self.segments, 0)
         names = yield from self.bucket.list_above(self.prepared, 0)
         decisions = {}
         for load in range(1, LOADS + 1):
             decisions[load] = yield from self.bucket.get(self.decisions, load)
         _, newest = yield from self.newest_manifest()
+        epoch = newest.epoch if self.flaw is Flaw.LISTED_FIRST else before.epoch
         kept = set(newest.segments)
         for name in names:
             decision = decisions[name // 1000]
@@ -247,7 +254,7 @@ class LoadingShard(Shard):
             elif self.flaw is not Flaw.PREPARED_IGNORED:
                 kept.add(name)
         for name in segments:
-            if name not in kept and name % 1000 < newest.epoch:
+            if name not in kept and name % 1000 < epoch:
                 yield from self.bucket.delete(self.segments, name)
         yield from super().collect()
 

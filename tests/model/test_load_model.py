@@ -119,22 +119,23 @@ def test_a_follower_that_meets_the_gap_takes_the_manifest_first():
 
 # Where `python -m tests.model.run` found the first violation of each.
 CAUGHT_AT = {
-    Flaw.NOT_READ_AGAIN: 3,
-    Flaw.UNDECIDED: 32,
-    Flaw.BASE_RESERVED: 2,
-    Flaw.GAP_PASSED: 10,
-    Flaw.PREPARED_IGNORED: 2,
-    Flaw.NOT_RECORDED: 10,
+    Flaw.NOT_READ_AGAIN: 96,
+    Flaw.UNDECIDED: 42,
+    Flaw.BASE_RESERVED: 55,
+    Flaw.GAP_PASSED: 0,
+    Flaw.PREPARED_IGNORED: 19,
+    Flaw.NOT_RECORDED: 66,
     Flaw.FORGOTTEN: 66,
-    Flaw.READ_NOT_HELD: 339,
-    Flaw.NO_JUMP: 8,
+    Flaw.READ_NOT_HELD: 282,
+    Flaw.NO_JUMP: 0,
+    Flaw.LISTED_FIRST: 2,
 }
 
 
 def test_loads_survive_random_schedules():
     outcomes = [run_loads(seed) for seed in range(400)]
     assert {violation for violation, _, _ in outcomes} == {None}
-    assert sum(loads for _, loads, _ in outcomes) > 50
+    assert sum(loads for _, loads, _ in outcomes) > 40
 
 
 @pytest.mark.parametrize("flaw", [flaw for flaw in Flaw if flaw is not Flaw.NONE])
