@@ -74,7 +74,7 @@ class SearchBatches:
     def __init__(self, reads: ReplicaReads) -> None:
         self._reads = reads
         self._lines: dict[bytes, _Line] = {}
-        self._running: dict[asyncio.Task[None], Sequence[Waiting]] = {}
+        self._running: dict[asyncio.Task[Callable[[], None]], Sequence[Waiting]] = {}
 
     def ask(self, waiting: Waiting) -> None:
         """Has the shard asked; its asker hears of the answer or the failure later."""
@@ -98,21 +98,21 @@ class SearchBatches:
                 task.cancel()
 
     def _send(self, key: bytes | None, batch: Sequence[Waiting]) -> None:
-        task = asyncio.ensure_future(self._run(key, batch))
+        task = asyncio.ensure_future(self._ask(batch))
         self._running[task] = batch
-        task.add_done_callback(self._running.pop)
+        # Not in the task itself: one that is cancelled before its first step runs nothing of it.
+        task.add_done_callback(functools.partial(self._ended, key))
 
-    async def _run(self, key: bytes | None, batch: Sequence[Waiting]) -> None:
-        try:
-            deliver = await self._ask(batch)
-        except asyncio.CancelledError as cancelled:
-            _fail(batch, cancelled)
-            raise
-        finally:
-            if key is not None:
-                self._left(key)
-        # After the next call was sent: the shard need not wait until an answer is cut up.
-        asyncio.get_running_loop().call_soon(deliver)
+    def _ended(self, key: bytes | None, task: "asyncio.Task[Callable[[], None]]") -> None:
+        batch = self._running.pop(task)
+        if key is not None:
+            self._left(key)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
+            _fail(batch, error)
+        else:
+            # After the next call is sent: the shard need not wait until an answer is cut up.
+            asyncio.get_running_loop().call_soon(task.result())
 
     def _left(self, key: bytes) -> None:
         """One call of the line was answered: whoever waits goes together."""

@@ -118,7 +118,7 @@ class RecallSampler:
         self._queries: deque[Vectors] = deque(maxlen=QUERIES_KEPT)
         self._windows: dict[FilterClass, RecallWindow] = {}
         self._estimates: dict[FilterClass, RecallEstimate] = {}
-        self._measuring: asyncio.Task[None] | None = None
+        self._measuring: asyncio.Task[float] | None = None
         self._target = self._interval = self._until = 0.0
         self.alter()
 
@@ -180,8 +180,10 @@ class RecallSampler:
         target: float,
         done: "asyncio.Future[tuple[ShardHits, float]]",
     ) -> None:
-        if done.cancelled() or done.exception() is not None:
-            # What is damaged a search itself reports, or the scrubber. But do not try all the time.
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        if error is not None:
+            # Damage is the scrubber's. The budget keeps this from being told all the time.
+            _log.warning("recall_sample_failed", reason=repr(error))
             self._budget.end(SAMPLE_CORE_SHARE_MAX)
             return
         truth, taken_s = done.result()
@@ -200,11 +202,18 @@ class RecallSampler:
             self._budget.end(taken_s)
             return
         self._measuring = asyncio.ensure_future(self._measure_again(estimate, taken_s))
+        self._measuring.add_done_callback(functools.partial(self._measured, taken_s))
 
-    async def _measure_again(self, estimate: RecallEstimate, taken_s: float) -> None:
+    def _measured(self, taken_s: float, done: "asyncio.Task[float]") -> None:
+        """Not in the task: one that is cancelled before its first step runs nothing of it."""
+        self._measuring = None
+        self._budget.end(taken_s if done.cancelled() else done.result())
+
+    async def _measure_again(self, estimate: RecallEstimate, taken_s: float) -> float:
         """Has every segment measure its curve with the sampled queries; the estimate begins anew.
 
-        No sample runs meanwhile, and what this takes is paid for like a sample.
+        Returns the seconds it took with the last sample. No sample runs meanwhile, and it is paid
+        for like one.
         """
         schema = self._replica.schema
         log = _log.bind(collection=schema.id, shard=self._replica.keys.shard)
@@ -240,9 +249,7 @@ class RecallSampler:
             self._forget()
         except Exception as error:  # noqa: BLE001  samples will tell again
             log.warning("recall_curve_not_measured", reason=repr(error))
-        finally:
-            self._measuring = None
-            self._budget.end(taken_s)
+        return taken_s
 
     def _forget(self) -> None:
         """Begins anew: what was sampled says nothing of the settings from now on."""

@@ -318,3 +318,33 @@ def test_a_call_that_nobody_waits_for_any_more_is_ended() -> None:
         assert not batches._lines and not batches._running
 
     asyncio.run(scenario())
+
+
+def test_a_call_that_is_given_up_before_it_began_frees_its_place() -> None:
+    async def scenario() -> None:
+        reads = HeldReads()
+        batches = SearchBatches(reads)  # type: ignore[arg-type]
+        for number in range(IN_FLIGHT_MAX):
+            asking(batches, float(number)).give_up()
+        await turns()
+        assert reads.asked == [] and not batches._lines and not batches._running
+        wanted = ask(batches, 7)
+        await turns()
+        await reads.answer(0)
+        assert ids(wanted) == expected(7)
+
+    asyncio.run(scenario())
+
+
+def test_a_bug_between_search_and_shard_fails_the_search() -> None:
+    async def scenario() -> None:
+        batches = SearchBatches(HeldReads())  # type: ignore[arg-type]
+        (read, *_) = prepare_search(SearchRequest(collection="docs", k=K), TOPOLOGY).reads
+        asker = Asking(batches)
+        level: Any = None
+        batches.ask(Waiting(asker, 0, replace(read, level=level), b"", 1))
+        await turns()
+        assert isinstance(asker.future.exception(), AttributeError)
+        assert not batches._lines and not batches._running
+
+    asyncio.run(scenario())

@@ -342,6 +342,26 @@ def test_a_closed_sampler_takes_nothing_any_more(tmp_path: Path) -> None:
     run(scenario())
 
 
+def test_a_sampler_closed_as_it_begins_to_measure_frees_the_budget_of_the_others(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        sampling = Sampling(await filled(tmp_path))
+        for _ in range(JUDGED_MIN - 1):
+            await sampling.answer(order(), lose=1)
+            await sampling.compute.finish()
+        await sampling.answer(order(), lose=1)
+        work, future = sampling.compute.held.pop(0)
+        future.set_result(work())
+        # Between the sample's end and the first step of what it leads to.
+        asyncio.get_running_loop().call_soon(sampling.sampler.close)
+        await turns()
+        sampling.clock.now_s += 1.0
+        assert sampling.sampler._budget.begin()
+
+    run(scenario())
+
+
 def test_filters_have_estimates_of_their_own(tmp_path: Path) -> None:
     async def scenario() -> None:
         sampling = Sampling(await filled(tmp_path))
@@ -383,7 +403,9 @@ def test_a_sample_that_fails_is_left_out_and_sampling_goes_on(tmp_path: Path) ->
         await sampling.answer(order())
         _, future = sampling.compute.held.pop(0)
         future.set_exception(RuntimeError("broken"))
-        await turns()
+        with capture_logs() as logs:
+            await turns()
+        assert [event["event"] for event in logs] == ["recall_sample_failed"]
         assert sampling.sampler.estimates == ()
         sampling.clock.now_s += 1.0
         await sampling.answer(order())
