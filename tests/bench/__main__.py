@@ -1,6 +1,7 @@
 """Compares one search in process, through a link, a fast lane and gRPC, in one run.
 
-    python -m tests.bench [--smoke] [--corpus demo] [--rows 100000] [--json build/bench.json]
+    python -m tests.bench [--smoke] [--corpus demo] [--rows 100000] [--recall 0.98]
+                          [--json build/bench.json]
 
 Starts a real cluster in a temporary directory, loads it, waits until it is indexed, measures, and
 leaves nothing behind. docs/benchmarks.md says how to read what it prints.
@@ -98,13 +99,16 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="everything small, within a minute")
     parser.add_argument("--corpus", choices=CORPORA, default=DEMO, help="see corpus.py")
     parser.add_argument("--rows", type=int, help=f"{FULL.rows:,}, or {SMOKE.rows:,} with --smoke")
+    parser.add_argument(
+        "--recall", type=float, default=RECALL_TARGET, help="what the collection declares"
+    )
     parser.add_argument("--json", type=Path, default=Path("build/bench.json"))
     options = parser.parse_args()
     size = SMOKE if options.smoke else FULL
     if options.rows is not None:
         size = replace(size, rows=options.rows)
     try:
-        bench = run(size, _teller(time.perf_counter()), options.corpus)
+        bench = run(size, _teller(time.perf_counter()), options.corpus, options.recall)
     except NoCorpus as missing:
         parser.error(str(missing))
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +119,12 @@ def main() -> None:
     print(f"\nfigures are in {options.json}")
 
 
-def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) -> dict[str, Any]:
+def run(
+    size: Size,
+    progress: Callable[[str], None],
+    corpus_name: str = DEMO,
+    recall_target: float = RECALL_TARGET,
+) -> dict[str, Any]:
     """Runs the whole bench and returns every figure; see report.py for what they mean."""
     described = machine.describe_machine()
     progress(f"making {size.rows:,} rows and exact answers to {QUERIES} queries")
@@ -123,11 +132,11 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as folder:
         directory = Path(folder)
         progress("building one FAISS index over all rows")
-        effort = _prepare_raw(corpus, directory)
+        effort = _prepare_raw(corpus, directory, recall_target)
         progress("starting a cluster")
         with clusters.running(directory, servers=1) as cluster:
             with shoal.Client(cluster.grpc_address, timeout_s=60.0) as client:
-                load = writes.load(client, COLLECTION, corpus, progress)
+                load = writes.load(client, COLLECTION, corpus, progress, recall_target)
                 progress("waiting until everything is indexed and compacted")
                 load |= writes.settle(client, cluster, COLLECTION, rows=size.rows)
             schema = uvloop.run(schema_of(cluster.bucket, COLLECTION))
@@ -151,6 +160,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
                     schema=schema.to_wire(),
                     depth=effort.depth,
                     probes=effort.probes,
+                    recall_target=recall_target,
                 ).save(setup)
                 searches = _measure_searches(setup, corpus, cluster, size, progress)
             progress("measuring acknowledgements")
@@ -169,7 +179,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
             "rows": size.rows,
             "dimension": corpus.vectors.shape[1],
             "k": K,
-            "recall_target": RECALL_TARGET,
+            "recall_target": recall_target,
             "shards": 1,
             "replicas": 1,
             "segments": load["segments"],
@@ -191,7 +201,7 @@ def run(size: Size, progress: Callable[[str], None], corpus_name: str = DEMO) ->
     }
 
 
-def _prepare_raw(corpus: BenchCorpus, directory: Path) -> Effort:
+def _prepare_raw(corpus: BenchCorpus, directory: Path, recall_target: float) -> Effort:
     """Writes vectors, queries and codes for the callers; returns how hard raw looks.
 
     The codes, and the effort that reaches the recall target, are found as a segment's build does.
@@ -200,14 +210,14 @@ def _prepare_raw(corpus: BenchCorpus, directory: Path) -> Effort:
     np.save(directory / QUERIES_FILE, corpus.queries)
     rows, dimension = corpus.vectors.shape
     costs = CostModel(dimension=dimension)
-    shape = choose_family(rows, costs, RECALL_TARGET).shape
+    shape = choose_family(rows, costs, recall_target).shape
     assert shape is not None, "so many rows get codes"
     codes = train_codes(corpus.vectors, Metric.COSINE, shape, 0)
     index = FastScanIndex(codes, dimension)
     curve = measure_recall(index, corpus.vectors, Metric.COSINE, 0)
     setting = setting_for(
         curve,
-        RECALL_TARGET,
+        recall_target,
         K,
         rows=rows,
         lists=shape.lists,

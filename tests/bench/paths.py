@@ -50,7 +50,7 @@ from shoal_cluster.shard.compute import InlineCompute
 from shoal_cluster.shard.segment_files import SegmentFiles
 from shoal_protos.v1 import search_pb2, types_pb2
 from shoal_protos.v1.search_pb2_grpc import SearchStub
-from tests.bench.corpus import RECALL_TARGET, Floats, K, row_of
+from tests.bench.corpus import Floats, K, row_of
 
 VECTORS: Final = "vectors.npy"
 QUERIES: Final = "queries.npy"
@@ -63,7 +63,10 @@ CORES: Final = len(os.sched_getaffinity(0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Where everything is. directory: holds VECTORS, QUERIES and CODES. depth, probes: Effort."""
+    """Where everything is. directory: holds VECTORS, QUERIES and CODES. depth, probes: Effort.
+
+    recall_target: the collection's own.
+    """
 
     directory: str
     bucket: str
@@ -75,6 +78,7 @@ class Setup:
     schema: dict[str, Any]
     depth: int
     probes: int
+    recall_target: float
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -116,13 +120,14 @@ class SegmentsSearch:
 
     def __init__(self, setup: Setup) -> None:
         self._readers = asyncio.run(_open_segments(setup))
+        self._target = setup.recall_target
 
     @property
     def segments(self) -> int:
         return len(self._readers)
 
     def ask(self, query: Floats) -> list[bytes]:
-        hits = [reader.search(query, K, recall_target=RECALL_TARGET) for reader in self._readers]
+        hits = [reader.search(query, K, recall_target=self._target) for reader in self._readers]
         keys = np.concatenate([found.keys[0] for found in hits])
         places = smallest(keys, None, K)[1].tolist()
         return [

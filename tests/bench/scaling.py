@@ -77,6 +77,7 @@ def _measure(corpus: BenchCorpus, shards: int, servers: int) -> dict[str, Any]:
                 schema=schema.to_wire(),
                 depth=0,
                 probes=0,
+                recall_target=schema.recall_target,
             ).save(setup)
             with callers(setup, 1) as one:
                 alone = _ask(one, [], SECONDS / 2)

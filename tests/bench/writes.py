@@ -48,13 +48,17 @@ _WRITES_COLLECTION: Final = "bench-writes"
 
 
 def load(
-    client: shoal.Client, name: str, corpus: BenchCorpus, progress: Callable[[str], None]
+    client: shoal.Client,
+    name: str,
+    corpus: BenchCorpus,
+    progress: Callable[[str], None],
+    recall_target: float = RECALL_TARGET,
 ) -> dict[str, Any]:
     """Creates the collection of one shard and one replica and loads it in bulk."""
     packages = load_corpus()
     payloads = [packages.payload(row) for row in range(len(packages.packages))]
     rows, dimension = corpus.vectors.shape
-    collection = client.create_collection(name, dimension=dimension, recall_target=RECALL_TARGET)
+    collection = client.create_collection(name, dimension=dimension, recall_target=recall_target)
     started_s = time.perf_counter()
     collection.bulk_upsert(
         ids=[id_of(row) for row in range(rows)],

@@ -79,12 +79,10 @@ a bulk load needs the cores, and its segments are merged in fewer, larger steps 
 search pays for each: seven took 1.5 ms longer than one (docs/design/hot-path.md)."""
 SETTLE_OPERATIONS = 256
 """A quiet shard seals a memtable with so many operations; fewer cost nothing to search."""
-SETTLE_ROWS_MAX = 262_144
-"""A quiet shard merges its segments up to so many rows: half a minute of one core at 384-d."""
 SEGMENT_ROWS_MAX = 1_000_000
-BUILD_MEMORY_BYTES_MAX = 4 * 1024 * MIB
+BUILD_MEMORY_BYTES_MAX = 6 * 1024 * MIB
 """Planners merge no more than fits into so much (shard/build_memory.py): a whole segment's rows at
-384-d, 310,000 at 1,536-d. A vectors file stays below half of it, well within one PUT."""
+384-d with a kilobyte of payload each, 440,000 at 1,536-d. A vectors file stays below half of it, well within one PUT."""
 
 # Bulk loads (docs/design/bulk-load.md)
 LOAD_CHUNK_ROWS_MAX = 8192

@@ -44,11 +44,9 @@ def plan_settling(segments: Sequence[SegmentEntry], dimension: int) -> tuple[Seg
         return ()
     *rest, largest = sorted(segments, key=lambda segment: segment.live)
     beside = sum(segment.live for segment in rest)
-    if beside >= _SETTLE_FRACTION_MIN * largest.live and _fits(
-        segments, dimension, limits.SETTLE_ROWS_MAX
-    ):
+    if beside >= _SETTLE_FRACTION_MIN * largest.live and _fits(segments, dimension):
         return tuple(segments)
-    if len(rest) > 1 and _fits(rest, dimension, limits.SETTLE_ROWS_MAX):
+    if len(rest) > 1 and _fits(rest, dimension):
         return tuple(rest)
     return ()
 
@@ -65,12 +63,10 @@ def _fitting(
     return fitting
 
 
-def _fits(
-    segments: Sequence[SegmentEntry], dimension: int, rows_max: int = limits.SEGMENT_ROWS_MAX
-) -> bool:
+def _fits(segments: Sequence[SegmentEntry], dimension: int) -> bool:
     """Says whether one build can merge them, and the result is not too large."""
     return (
-        sum(segment.live for segment in segments) <= rows_max
+        sum(segment.live for segment in segments) <= limits.SEGMENT_ROWS_MAX
         and build_bytes(segments, dimension) <= limits.BUILD_MEMORY_BYTES_MAX
     )
 

@@ -44,14 +44,14 @@ def test_no_plan_asks_for_more_memory_than_a_builder_has():
 
 
 def test_large_payloads_count():
-    segments = [entry(f"s{number}", 5000, payload_bytes=500 * limits.MIB) for number in range(4)]
+    segments = [entry(f"s{number}", 5000, payload_bytes=600 * limits.MIB) for number in range(4)]
     assert plan_compaction([entry(f"s{number}", 5000) for number in range(4)], 4) != ()
     assert plan_compaction(segments, 4) == ()
     assert plan_settling(segments, 4) == ()
 
 
 def test_a_mostly_dead_segment_of_too_large_rows_stays():
-    assert plan_compaction([entry("s", 1_000_000, dead=600_000)], 1536) == ()
+    assert plan_compaction([entry("s", 1_000_000, dead=510_000)], 1536) == ()
     assert plan_compaction([entry("s", 500_000, dead=300_000)], 1536) != ()
 
 

@@ -44,7 +44,7 @@ def test_a_large_segment_is_not_rewritten_for_a_few_rows() -> None:
 
 
 def test_what_is_too_large_to_settle_is_left_to_compaction() -> None:
-    large = _segment("a", limits.SETTLE_ROWS_MAX)
+    large = _segment("a", limits.SEGMENT_ROWS_MAX)
     assert plan_settling([large, replace(large, id=SegmentId("b"))], 4) == ()
 
 
