@@ -82,7 +82,8 @@ SETTLE_OPERATIONS = 256
 SEGMENT_ROWS_MAX = 1_000_000
 BUILD_MEMORY_BYTES_MAX = 6 * 1024 * MIB
 """Planners merge no more than fits into so much (shard/build_memory.py): a whole segment's rows at
-384-d with a kilobyte of payload each, 440,000 at 1,536-d. A vectors file stays below half of it, well within one PUT."""
+384-d with a kilobyte of payload each, 440,000 at 1,536-d. A vectors file stays below half of it,
+well within one PUT."""
 
 # Bulk loads (docs/design/bulk-load.md)
 LOAD_CHUNK_ROWS_MAX = 8192
