@@ -30,6 +30,7 @@ def start(
     servers: int = 2,
     coordinators: int = 1,
     port: int | None = None,
+    metrics_port: int | None = None,
 ) -> bootstrap.RunningCluster:
     """Starts a cluster whose bucket and state live under `directory`."""
     return bootstrap.up(
@@ -39,6 +40,7 @@ def start(
             servers=servers,
             coordinators=coordinators,
             grpc_port=port or free_port(),
+            metrics_port=metrics_port,
             state_directory=directory / "state",
             on_step=lambda step: None,
         )

@@ -68,6 +68,7 @@ class UpOptions:
     coordinators: int = 1
     grpc_host: str = "127.0.0.1"
     grpc_port: int = 7700
+    metrics_port: int | None = None
     state_directory: Path
     on_step: Callable[[str], None]
     take_over: bool = False
@@ -108,7 +109,9 @@ def up(options: UpOptions) -> RunningCluster:
             f"a cluster named {options.name!r} is running already; `shoal down --name "
             f"{options.name}` stops it, --name chooses another name"
         )
-    _require_free_port(options.grpc_host, options.grpc_port)
+    _require_free_port(options.grpc_host, options.grpc_port, "--port")
+    if options.metrics_port is not None:
+        _require_free_port(options.grpc_host, options.metrics_port, "--metrics-port")
     options.on_step(f"opening bucket {options.bucket}")
     bucket = _absolute(options.bucket)
     cluster_uuid, owner = asyncio.run(_inspect_bucket(bucket))
@@ -306,6 +309,7 @@ def _start_actors(
         search_threads=max(1, os.cpu_count() or 1),
         grpc_host=options.grpc_host,
         grpc_port=options.grpc_port,
+        metrics_port=options.metrics_port,
     )
     _connect_ray(cluster)
     try:
@@ -409,15 +413,15 @@ def _is_ours(cluster: RunningCluster) -> bool:
     return any(cluster.run_directory in part for part in command)
 
 
-def _require_free_port(host: str, port: int) -> None:
+def _require_free_port(host: str, port: int, option: str) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise Conflict(
-                f"cannot listen at {host}:{port}: {error.strerror}; choose another --port",
-                field="grpc_port",
+                f"cannot listen at {host}:{port}: {error.strerror}; choose another {option}",
+                field="metrics_port" if option == "--metrics-port" else "grpc_port",
             ) from error
 
 

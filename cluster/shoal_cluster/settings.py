@@ -97,6 +97,13 @@ class Settings(BaseSettings):
         "127.0.0.1", min_length=1, description="Interface the gRPC server listens on."
     )
     grpc_port: int = Field(7700, ge=1, le=65535, description="Port the gRPC server listens on.")
+    metrics_port: int | None = Field(
+        None,
+        ge=1,
+        le=65535,
+        description="Port at which the controller serves `/metrics` for Prometheus.",
+        json_schema_extra={"default_text": "not served"},
+    )
     ray_address: str | None = Field(
         None,
         min_length=1,

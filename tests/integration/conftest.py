@@ -10,9 +10,21 @@ from shoal_cluster.bootstrap import RunningCluster
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
-    with clusters.running(tmp_path_factory.mktemp("cluster")) as running:
+def metrics_port() -> int:
+    return clusters.free_port()
+
+
+@pytest.fixture(scope="session")
+def cluster(
+    tmp_path_factory: pytest.TempPathFactory, metrics_port: int
+) -> Iterator[RunningCluster]:
+    with clusters.running(tmp_path_factory.mktemp("cluster"), metrics_port=metrics_port) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def metrics_url(cluster: RunningCluster, metrics_port: int) -> str:
+    return f"http://127.0.0.1:{metrics_port}/metrics"
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
 """Searches are sampled where they are answered, and `describe` shows what they reached."""
 
+import urllib.request
+
 import numpy as np
+from prometheus_client.parser import text_string_to_metric_families
 
 import shoal
 from chaos.cluster import wait_until
@@ -9,7 +12,9 @@ from shoal import F
 DIMENSION = 16
 
 
-def test_describe_shows_the_recall_that_searches_reach(client: shoal.Client) -> None:
+def test_describe_shows_the_recall_that_searches_reach(
+    client: shoal.Client, metrics_url: str
+) -> None:
     made = client.create_collection(
         "sampled",
         dimension=DIMENSION,
@@ -34,6 +39,25 @@ def test_describe_shows_the_recall_that_searches_reach(client: shoal.Client) -> 
         assert each.samples > 0 and each.low < each.recall == each.high == 1.0
     assert {each.filter_class for each in client.status("sampled").collections[0].recall}
 
+    shown = gauges(metrics_url)
+    for each in seen.values():
+        labels = (("collection", "sampled"), ("filter_class", each.filter_class))
+        assert shown["shoal_live_recall", labels] == 1.0
+        assert 0.0 < shown["shoal_live_recall_low", labels] < 1.0
+        assert shown["shoal_live_recall_samples", labels] >= each.samples
+    assert shown["shoal_collection_rows", (("collection", "sampled"),)] == 300
+
     altered = client.alter_collection("sampled", recall_sample_share=0.0)
     assert altered.recall_sample_share == 0.0
     client.drop_collection("sampled")
+
+
+def gauges(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Returns what `/metrics` shows, by name and labels in their order."""
+    with urllib.request.urlopen(url, timeout=10) as response:
+        text = response.read().decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }

@@ -40,7 +40,7 @@ class ClusterConfiguration:
     node; short, because socket paths may have 107 bytes. link_host: None for Unix sockets (one
     node), else the interface to listen on, "" meaning the node's own address. secret: shared by all
     links of the cluster. servers: every shard server. grpc_host, grpc_port: where coordinators
-    listen; coordinators: how many.
+    listen; coordinators: how many. metrics_port: of the controller, at the same host; None: none.
     """
 
     cluster: str
@@ -55,6 +55,7 @@ class ClusterConfiguration:
     coordinators: int
     grpc_host: str
     grpc_port: int
+    metrics_port: int | None = None
 
     def actor_name(self, name: str) -> str:
         """Returns the name of an actor within Ray's namespace."""

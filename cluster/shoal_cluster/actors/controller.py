@@ -8,7 +8,8 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
+from wsgiref.simple_server import WSGIServer
 
 import psutil
 import ray
@@ -41,6 +42,7 @@ from shoal_cluster.control.reconcile import (
 )
 from shoal_cluster.domain.clock import SystemClock
 from shoal_cluster.domain.errors import (
+    Conflict,
     NotFound,
     Outcome,
     ShoalError,
@@ -56,8 +58,12 @@ from shoal_cluster.domain.topology import Topology
 from shoal_cluster.links.address import LinkAddress
 from shoal_cluster.links.pool import LinkPool
 from shoal_cluster.telemetry.logs import configure_logging
+from shoal_cluster.telemetry.metrics import serve_metrics
 
 _log = structlog.get_logger()
+
+SCRAPE_S: Final = 5.0
+"""A status takes a millisecond; a loop that is blocked for so long is what a scrape should show."""
 
 
 REPORT_TIMEOUT_S = 1.0
@@ -275,10 +281,28 @@ class Controller:
             ),
         )
         self._pool.when_lost(lambda address, reason: self._loop.wake())
+        self._metrics = self._serve_metrics()
         self._tasks = [
             asyncio.ensure_future(self._control()),
             asyncio.ensure_future(self._audience.run()),
         ]
+
+    def _serve_metrics(self) -> WSGIServer | None:
+        port = self._configuration.metrics_port
+        if port is None:
+            return None
+        loop = asyncio.get_running_loop()
+
+        def read() -> ClusterStatus:
+            """Is called on the threads of the metrics' server."""
+            return asyncio.run_coroutine_threadsafe(self.status(), loop).result(SCRAPE_S)
+
+        try:
+            return serve_metrics(self._configuration.grpc_host, port, read)
+        except Conflict as error:
+            # After a restart on another machine the port may be somebody's; data goes first.
+            _log.error("metrics_not_served", reason=error.message)
+            return None
 
     async def _control(self) -> None:
         """Controls until the bucket is another cluster's; anything unexpected ends the process.
@@ -339,6 +363,8 @@ class Controller:
 
         The caller kills the actors.
         """
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.shutdown)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

@@ -18,6 +18,7 @@ from shoal_cluster.settings import COORDINATORS_MAX, SERVERS_MAX
 )
 @click.option("--host", "grpc_host", help="Interface the gRPC server listens on.")
 @click.option("--port", "grpc_port", type=click.IntRange(1, 65535), help="gRPC port.")
+@click.option("--metrics-port", type=click.IntRange(1, 65535), help="Serve /metrics there.")
 @click.option("--take-over", is_flag=True, help="Also if a lost machine's cluster has the bucket.")
 @name_option
 @shoal_command
@@ -33,6 +34,7 @@ def up(session: Session, take_over: bool) -> None:
             coordinators=settings.coordinators,
             grpc_host=settings.grpc_host,
             grpc_port=settings.grpc_port,
+            metrics_port=settings.metrics_port,
             state_directory=settings.state_dir,
             on_step=session.output.step,
             take_over=take_over,
@@ -44,6 +46,11 @@ def up(session: Session, take_over: bool) -> None:
         f"cluster {cluster.name!r} is up: gRPC at {cluster.grpc_address}, {settings.servers} shard "
         f"servers, bucket {cluster.bucket}",
         f"`shoal status{chosen}` shows it, `shoal down{chosen}` stops it",
+        *(
+            []
+            if settings.metrics_port is None
+            else [f"metrics at http://{settings.grpc_host}:{settings.metrics_port}/metrics"]
+        ),
     )
 
 

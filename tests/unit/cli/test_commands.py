@@ -53,6 +53,13 @@ def test_up_uses_settings_and_the_options_that_override_them(
     assert "opening bucket" in result.stderr
 
 
+def test_up_says_where_metrics_are_served_if_they_are(world: FakeWorld) -> None:
+    assert "/metrics" not in run(world, "up").stdout
+    result = run(world, "up", "--name", "other", "--metrics-port", "9464")
+    assert [options.metrics_port for options in world.up_calls] == [None, 9464]
+    assert "metrics at http://127.0.0.1:9464/metrics" in result.stdout
+
+
 def test_take_over_is_passed_on(world: FakeWorld) -> None:
     assert run(world, "up", "--take-over").exit_code == 0
     assert world.up_calls[0].take_over
