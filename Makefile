@@ -83,10 +83,10 @@ chaos: $(DEV) ## kill, stop and starve a real cluster, then check its history
 soak: $(DEV) ## a steady load for MINUTES=30: memory, objects and read latencies over time
 	@$(BIN)/python -m chaos.soak --minutes $(MINUTES)
 
-bench: $(DEV) ## compare a search in process, through a link and through gRPC; CORPUS=windows ROWS=1000000 RECALL=0.95
+bench: $(DEV) ## compare a search in process, through a link and through gRPC; CORPUS=windows ROWS=1000000 RECALL="0.95 0.99"
 	@$(if $(filter-out demo,$(CORPUS)),$(MAKE) bench-corpus,true)
 	@$(BIN)/python -m tests.bench $(addprefix --corpus ,$(CORPUS)) $(addprefix --rows ,$(ROWS)) \
-		$(addprefix --recall ,$(RECALL))
+		$(if $(RECALL),--recall $(RECALL))
 
 bench-more: $(DEV) ## filters, reads under writes, memory: each adds its figures to build/bench.json
 	@$(BIN)/python -m tests.bench.filters

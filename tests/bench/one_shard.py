@@ -112,6 +112,9 @@ class StalledBuilds:
         await asyncio.Event().wait()
         raise AssertionError(f"nobody ends the wait for segment {order.segment}")
 
+    def expect_load(self) -> None:
+        return None
+
 
 class _NoFollowers:
     """The Publisher of a shard with one replica."""

@@ -65,7 +65,7 @@ CORES: Final = len(os.sched_getaffinity(0))
 class Setup:
     """Where everything is. directory: holds VECTORS, QUERIES and CODES. depth, probes: Effort.
 
-    recall_target: the collection's own.
+    recall_target: what every search asks for.
     """
 
     directory: str
@@ -160,6 +160,7 @@ class LinkSearch:
             collection=CollectionId(setup.collection_id),
             shard=SHARD,
             k=K,
+            recall_target=setup.recall_target,
             level=ReadLevel(consistency=Consistency.SESSION),
         )
 
@@ -224,16 +225,21 @@ class SdkSearch:
     ) -> None:
         self._client = shoal.Client(setup.grpc_address, timeout_s=TIMEOUT_S, transport=transport)
         self._collection = self._client.collection(setup.collection)
+        self._target = setup.recall_target
         self._with_payload = with_payload
 
     def ask(self, query: Floats) -> list[str]:
-        found = self._collection.search(query[0], k=K, with_payload=self._with_payload)
+        found = self._collection.search(
+            query[0], k=K, recall_target=self._target, with_payload=self._with_payload
+        )
         if self._with_payload:
             return [hit.id for hit in found.hits]
         return found.ids
 
     def ask_batch(self, queries: Floats) -> list[list[str]]:
-        found = self._collection.search_batch(queries, k=K, with_payload=False)
+        found = self._collection.search_batch(
+            queries, k=K, recall_target=self._target, with_payload=False
+        )
         return [each.ids for each in found]
 
     def close(self) -> None:
@@ -246,6 +252,7 @@ class StreamSearch:
     def __init__(self, setup: Setup) -> None:
         self._channel = grpc.insecure_channel(setup.grpc_address)
         self._collection = setup.collection
+        self._target = setup.recall_target
         self._requests: queue.SimpleQueue[search_pb2.SearchStreamRequest | None] = (
             queue.SimpleQueue()
         )
@@ -259,6 +266,7 @@ class StreamSearch:
             vectors=query.tobytes(),
             dimension=query.shape[1],
             k=K,
+            recall_target=self._target,
             consistency=types_pb2.CONSISTENCY_SESSION,
         )
         self._requests.put(search_pb2.SearchStreamRequest(tag=self._tag, search=search))

@@ -48,6 +48,7 @@ class StagedSearch:
         )
         self._route = self._connection._route()
         self._collection = setup.collection
+        self._target = setup.recall_target
 
     def ask(self, query: Floats) -> dict[str, float]:
         """Returns milliseconds of every stage, and "end to end"."""
@@ -59,6 +60,7 @@ class StagedSearch:
             condition=None,
             model=None,
             with_payload=False,
+            recall_target=self._target,
             explain=True,
         )
         encoded_s = time.perf_counter()

@@ -35,7 +35,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_bench_reports_every_path_fast_and_right(bench: dict[str, Any]) -> None:
-    paths = {(each["path"], each["clients"]): each for each in bench["paths"]}
+    (searches,) = bench["searches"]
+    paths = {(each["path"], each["clients"]): each for each in searches["paths"]}
     clients = bench["size"]["clients"]
     many = [(path, clients) for path in PATHS_OF_MANY]
     assert set(paths) == {*((path, 1) for path in PATHS), *many}
@@ -51,7 +52,8 @@ def test_bench_reports_every_path_fast_and_right(bench: dict[str, Any]) -> None:
 
 def test_bench_stages_add_up_to_the_whole_query(bench: dict[str, Any]) -> None:
     for way in ("", "grpc_"):
-        spent, total_ms = bench[f"{way}stages_ms"], bench[f"{way}stages_sum_ms"]
+        (searches,) = bench["searches"]
+        spent, total_ms = searches[f"{way}stages_ms"], searches[f"{way}stages_sum_ms"]
         assert {stage for stage, _ in STAGES} <= set(spent)
         assert all(spent[stage] >= 0 for stage, _ in STAGES), spent
         assert math.isclose(total_ms, spent["end to end"], rel_tol=0.01)
