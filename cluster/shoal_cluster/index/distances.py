@@ -47,6 +47,9 @@ BATCH_QUERIES_MIN: Final = 4
 BATCH_BLOCK_ROWS: Final = 8_192
 """Rows of one matrix product: with 256 queries, 8 MiB of estimates."""
 
+FEW_ROWS: Final = 256
+"""Rows whose keys cost less (12 µs at 384-d) than a bound among 8,192 (60 µs)."""
+
 SORTED_WHOLE_MAX: Final = 256
 """Up to here sorting everything (2 µs for 80 keys) beats finding the k-th key first (10 µs)."""
 
@@ -266,14 +269,32 @@ def _batched_top_k(
             estimates = -products
             errors = unit_error * query_lengths * length_max
         for i, query in enumerate(queries):
-            estimate = estimates[i]
-            place = min(k, estimate.size) - 1
-            bound = np.partition(estimate, place)[place] + 2 * errors[i]
-            # Not `estimate <= bound`: an estimate that overflowed to nan rules nothing out.
-            possible = np.flatnonzero(~(estimate > bound))
-            keys = gather_keys(block, query[np.newaxis], possible[np.newaxis], metric)[0]
-            best[i] = _best_of(best[i], keys, possible + start, k)
+            worst = best[i][0][-1] if start else np.inf
+            possible = _possible_rows(estimates[i], k, worst, 2 * errors[i])
+            if possible.size:
+                keys = gather_keys(block, query[np.newaxis], possible[np.newaxis], metric)[0]
+                best[i] = _best_of(best[i], keys, possible + start, k)
     return _stacked(best)
+
+
+def _possible_rows(estimates: Keys, k: int, worst: float, error: float) -> Rows:
+    """Returns the rows of a block, ascending, whose keys may be among the k smallest of all blocks.
+
+    estimates: within `error` of the keys, (n,). worst: the k-th smallest key of earlier blocks, or
+    inf. Mostly it leaves so few rows that the block's own k-th estimate, which costs ten times as
+    much to find, is not needed.
+    """
+    # Not `estimates <= bound`: an estimate that overflowed to nan rules nothing out.
+    rows = None
+    if worst < np.inf:
+        rows = np.flatnonzero(~(estimates > worst + error))
+        if rows.size <= max(k, FEW_ROWS):
+            return rows
+        estimates = estimates[rows]
+    place = min(k, estimates.size) - 1
+    bound = np.partition(estimates, place)[place] + error
+    left = np.flatnonzero(~(estimates > bound))
+    return left if rows is None else rows[left]
 
 
 _NOTHING: Final = (np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64))

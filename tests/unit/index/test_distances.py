@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 from shoal_cluster.domain.schema import Metric
 from shoal_cluster.index import distances
-from shoal_cluster.index.distances import NO_ROW, exact_top_k, gather_keys, scan_keys, smallest
+from shoal_cluster.index.distances import (
+    NO_ROW,
+    exact_top_k,
+    gather_keys,
+    scan_keys,
+    smallest,
+)
 
 
 def reference_keys(vectors: np.ndarray, queries: np.ndarray, metric: Metric) -> np.ndarray:
@@ -132,6 +138,31 @@ def test_a_batch_of_cancelling_distances_is_still_exact() -> None:
     keys, rows = exact_top_k(vectors, asked, 3, Metric.L2)
 
     one_by_one = [exact_top_k(vectors, asked[i : i + 1], 3, Metric.L2) for i in range(8)]
+    assert np.array_equal(rows, np.concatenate([one[1] for one in one_by_one]))
+    assert np.array_equal(keys, np.concatenate([one[0] for one in one_by_one]))
+
+
+@pytest.mark.parametrize("metric", Metric)
+@pytest.mark.parametrize("offset", [0, 1000])
+@pytest.mark.parametrize("order", ["any", "nearest last", "ties"])
+def test_what_earlier_blocks_found_rules_no_answer_out(
+    metric: Metric, offset: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch, whose blocks bound each other by estimates, answers as each query alone."""
+    vectors = random_vectors(1500, 32, seed=10) * 1e-2 + offset
+    asked = vectors[:6] + 1e-3
+    if order == "ties":
+        vectors[::3] = vectors[1::3]
+    elif order == "nearest last":
+        # By the middle of the queries: of the last blocks, nearly every row is possible.
+        keys = reference_keys(vectors, asked.mean(axis=0, keepdims=True), metric)[0]
+        vectors = np.ascontiguousarray(vectors[np.argsort(-keys)])
+    monkeypatch.setattr(distances, "BATCH_BLOCK_ROWS", 64)
+    monkeypatch.setattr(distances, "FEW_ROWS", 4)
+
+    keys, rows = exact_top_k(vectors, asked, 7, metric)
+
+    one_by_one = [exact_top_k(vectors, asked[i : i + 1], 7, metric) for i in range(6)]
     assert np.array_equal(rows, np.concatenate([one[1] for one in one_by_one]))
     assert np.array_equal(keys, np.concatenate([one[0] for one in one_by_one]))
 
