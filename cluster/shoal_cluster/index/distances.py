@@ -53,6 +53,9 @@ FEW_ROWS: Final = 256
 SORTED_WHOLE_MAX: Final = 256
 """Up to here sorting everything (2 µs for 80 keys) beats finding the k-th key first (10 µs)."""
 
+SHARED_BLOCK_ROWS: Final = 4_096
+"""6 MiB at 384-d. 64 queries over 100,000 × 384: 0.18 s, 0.23 with an eighth of it, 0.36 whole."""
+
 WIDEN_VALUES: Final = 131_072
 """Values widened at once: 512 KiB as float32, half of an L2 cache."""
 
@@ -124,6 +127,20 @@ def scan_keys(vectors: StoredVectors, query: npt.NDArray[np.float32], metric: Me
         )
     if metric is not Metric.L2:
         np.negative(keys, out=keys)
+    return keys
+
+
+def scan_keys_of_all(vectors: StoredVectors, queries: Vectors, metric: Metric) -> Keys:
+    """Returns the keys of each query against every row of `vectors`, shape (nq, n).
+
+    Bit for bit those of `scan_keys`, in half the time: a block of rows stays in the cache while
+    all queries pass over it.
+    """
+    keys = np.empty((len(queries), len(vectors)), dtype=np.float32)
+    for start in range(0, len(vectors), SHARED_BLOCK_ROWS):
+        block = widened(vectors[start : start + SHARED_BLOCK_ROWS])
+        for query, its_keys in zip(queries, keys, strict=True):
+            its_keys[start : start + len(block)] = scan_keys(block, query, metric)
     return keys
 
 

@@ -18,6 +18,11 @@ def bits_of_rows(rows: RowNumbers, count: int) -> RowBits:
     """Returns the set that holds exactly `rows`, over a segment of `count` rows."""
     flags = np.zeros(count, dtype=np.bool_)
     flags[rows] = True
+    return bits_of_flags(flags)
+
+
+def bits_of_flags(flags: npt.NDArray[np.bool_]) -> RowBits:
+    """Returns the set of the rows whose flag is set; `flags_of_bits` reverses it."""
     return np.packbits(flags, bitorder="little")
 
 

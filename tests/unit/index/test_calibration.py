@@ -15,7 +15,7 @@ from shoal_cluster.index.calibration import (
     measure_recall,
     worst_of,
 )
-from shoal_cluster.index.distances import Keys, exact_top_k
+from shoal_cluster.index.distances import Keys, exact_top_k, gather_keys
 from shoal_cluster.index.families import CodeShape, Effort
 from shoal_cluster.index.fast_scan import FastScanIndex, train_codes
 from shoal_cluster.index.rescoring import rescored_top_k
@@ -140,6 +140,27 @@ def test_equal_rows_do_not_lower_the_measured_recall() -> None:
     curve = measure_recall(index, vectors, Metric.L2, seed=1)
 
     assert max(point.recall for point in curve.points if point.k == 10) == 1.0
+
+
+@pytest.mark.parametrize("equal_rows", [1, 2, 101, 150])
+@pytest.mark.parametrize("lists", [1, 6])
+def test_the_curve_is_that_of_comparing_every_key(equal_rows: int, lists: int) -> None:
+    """Keys of rows that are near are known, and others not computed; ties may hide others."""
+    random = np.random.default_rng(9)
+    distinct = random.standard_normal((3000 // equal_rows, 24), dtype=np.float32)
+    vectors = random.permutation(np.repeat(distinct, equal_rows, axis=0))
+    index = index_of(vectors, Metric.L2, lists)
+    queries = random.standard_normal((20, 24), dtype=np.float32)
+
+    measured = measure_queries(index, vectors, Metric.L2, queries, beyond=0).codes
+
+    found = index.candidates(queries, Effort(depth=len(vectors), probes=lists))
+    keys = gather_keys(vectors, queries, found, Metric.L2)
+    for (k, factor), recalls in measured.items():
+        bounds = exact_top_k(vectors, queries, k, Metric.L2)[0][:, -1:]
+        hits = (keys[:, : k * factor] <= bounds).sum(axis=1)
+        assert np.array_equal(recalls, np.minimum(hits, k) / k), (k, factor)
+    assert {k for k, _ in measured} == {10, 100}
 
 
 @pytest.mark.parametrize("metric", Metric)

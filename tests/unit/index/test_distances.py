@@ -12,6 +12,7 @@ from shoal_cluster.index.distances import (
     exact_top_k,
     gather_keys,
     scan_keys,
+    scan_keys_of_all,
     smallest,
 )
 
@@ -165,6 +166,20 @@ def test_what_earlier_blocks_found_rules_no_answer_out(
     one_by_one = [exact_top_k(vectors, asked[i : i + 1], 7, metric) for i in range(6)]
     assert np.array_equal(rows, np.concatenate([one[1] for one in one_by_one]))
     assert np.array_equal(keys, np.concatenate([one[0] for one in one_by_one]))
+
+
+@pytest.mark.parametrize("metric", Metric)
+@pytest.mark.parametrize("stored", [np.float32, np.float16])
+def test_scans_of_many_queries_have_the_keys_of_each_alone(
+    metric: Metric, stored: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distances, "SHARED_BLOCK_ROWS", 64)
+    vectors = random_vectors(300, 37, seed=11).astype(stored)
+    asked = random_vectors(5, 37, seed=12)
+
+    keys = scan_keys_of_all(vectors, asked, metric)
+
+    assert np.array_equal(keys, np.stack([scan_keys(vectors, each, metric) for each in asked]))
 
 
 @given(
