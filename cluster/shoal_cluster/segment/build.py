@@ -4,10 +4,12 @@ Memory beyond the caller's rows: attribute maps decoded from the tails (about 1 
 attributes), the attribute index, about 100 bytes a row for ids and hashes, the codes (d / 8 bytes a
 row at 256-d and more), and one padded block of 16,384 rows. Vectors are never copied whole.
 
-One thread throughout: builds share machines with searches.
+One thread throughout, as builds share machines with searches, but for bulk loads.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from shoal_cluster.domain.schema import (
 from shoal_cluster.filtering import statistics
 from shoal_cluster.filtering.columns import build_columns
 from shoal_cluster.index import calibration, cost_model, fast_scan
+from shoal_cluster.index.families import CodeShape
 from shoal_cluster.index.fast_scan import FastScanIndex
 from shoal_cluster.segment import format as layout
 from shoal_cluster.segment.format import BuiltFile, FileWriter
@@ -80,41 +83,36 @@ def build_segment(
     Raises: Unavailable when the disk refuses (nothing is applied: no manifest names the files).
     """
     _assert_consistent(rows, schema)
-    contents = content_hashes(rows)
     model = cost_model.CostModel(
         dimension=schema.dimension, storage=schema.storage, tier=schema.tier
     )
     choice = cost_model.choose_family(len(rows), model, schema.recall_target)
-    files = [
-        _write_vectors(rows.vectors, schema.storage, directory),
-        _write_ids(rows, contents, directory),
-        _write_tails(rows.tails, directory),
-    ]
-    curve = calibration.NO_CURVE
-    if choice.shape is not None:
-        codes = fast_scan.train_codes(
-            rows.vectors, schema.metric, choice.shape, seed, threads=threads
-        )
-        files.append(_write_codes(codes, schema.dimension, directory))
-        index = FastScanIndex(codes, schema.dimension)
-        curve = calibration.measure_recall(
-            index, rows.vectors, schema.metric, seed, threads=threads
-        )
-    attributes = [decode_tail(tail)[1] for tail in rows.tails]
-    files.append(_write_attributes(attributes, schema.attributes, directory))
+    write = functools.partial(_write_rows, rows, schema, directory)
+    index = functools.partial(
+        _build_index, rows.vectors, schema, choice.shape, directory, seed, threads
+    )
+    if threads == 1:
+        written, indexed = write(), index()
+    else:
+        # Rows are hashed and written, which is mostly Python, while FAISS trains and encodes.
+        with ThreadPoolExecutor(1) as beside:
+            indexing = beside.submit(index)
+            written = write()
+            indexed = indexing.result()
+    vectors, ids, tails, attributes = written.files
+    files = [vectors, ids, tails, *indexed.files, attributes]
     meta = SegmentMeta(
         rows=len(rows),
         min_seq=int(rows.seqs.min()),
         max_seq=int(rows.seqs.max()),
-        # Wraps at SUM_MODULUS, as the sum is defined.
-        sum=int(row_hashes(contents, rows.seqs).sum(dtype=np.uint64)),
+        sum=written.sum,
         metric=schema.metric,
         dimension=schema.dimension,
         storage=schema.storage,
         family=choice.family,
         family_reason=choice.reason,
-        recall_curve=curve,
-        statistics=statistics.build(attributes, schema.attributes),
+        recall_curve=indexed.curve,
+        statistics=written.statistics,
         schema_version=schema.version,
     )
     with FileWriter(directory, layout.META) as writer:
@@ -127,6 +125,54 @@ def build_segment(
         max_seq=meta.max_seq,
         sum=meta.sum,
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _WrittenRows:
+    """files: vectors, ids, tails and attributes. sum: as BuiltSegment."""
+
+    files: tuple[BuiltFile, BuiltFile, BuiltFile, BuiltFile]
+    sum: int
+    statistics: statistics.SegmentStatistics
+
+
+def _write_rows(rows: SegmentInput, schema: CollectionSchema, directory: Path) -> _WrittenRows:
+    contents = content_hashes(rows)
+    vectors = _write_vectors(rows.vectors, schema.storage, directory)
+    ids = _write_ids(rows, contents, directory)
+    tails = _write_tails(rows.tails, directory)
+    attributes = [decode_tail(tail)[1] for tail in rows.tails]
+    return _WrittenRows(
+        files=(vectors, ids, tails, _write_attributes(attributes, schema.attributes, directory)),
+        # Wraps at SUM_MODULUS, as the sum is defined.
+        sum=int(row_hashes(contents, rows.seqs).sum(dtype=np.uint64)),
+        statistics=statistics.build(attributes, schema.attributes),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BuiltIndex:
+    """files: the codes', none for a flat segment."""
+
+    files: tuple[BuiltFile, ...]
+    curve: calibration.RecallCurve
+
+
+def _build_index(
+    vectors: Vectors,
+    schema: CollectionSchema,
+    shape: CodeShape | None,
+    directory: Path,
+    seed: int,
+    threads: int,
+) -> _BuiltIndex:
+    if shape is None:
+        return _BuiltIndex(files=(), curve=calibration.NO_CURVE)
+    codes = fast_scan.train_codes(vectors, schema.metric, shape, seed, threads=threads)
+    file = _write_codes(codes, schema.dimension, directory)
+    index = FastScanIndex(codes, schema.dimension)
+    curve = calibration.measure_recall(index, vectors, schema.metric, seed, threads=threads)
+    return _BuiltIndex(files=(file,), curve=curve)
 
 
 def content_hashes(rows: SegmentInput) -> npt.NDArray[np.uint64]:
