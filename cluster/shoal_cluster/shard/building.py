@@ -10,6 +10,7 @@ enforce (build_memory.py).
 
 import functools
 import tempfile
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,7 @@ from shoal_cluster.domain.clock import Clock
 from shoal_cluster.domain.errors import Conflict, InvalidRequest, NotFound, Unavailable
 from shoal_cluster.domain.ids import CollectionId, SegmentId, Seq, ShardNumber, Slot
 from shoal_cluster.domain.keys import LoadKeys, ShardKeys
-from shoal_cluster.domain.point import Vector
+from shoal_cluster.domain.point import Vector, Vectors
 from shoal_cluster.domain.schema import CollectionSchema
 from shoal_cluster.manifest.manifest import FileEntry, SegmentEntry
 from shoal_cluster.segment.build import SegmentInput, build_segment
@@ -173,7 +174,8 @@ async def _build_in(
         rows = await _collect_rows(order, store, directory, clock, compute)
     if not rows.ids:
         return None
-    rows = _sort_by_id(rows)  # by this name, so that the unsorted ones are let go
+    if not order.chunks:
+        rows = _sort_by_id(rows)  # by this name, so that the unsorted ones are let go
     target = directory / "segment"
     target.mkdir()
     build = functools.partial(build_segment, rows, order.schema, target, seed=order.seed)
@@ -231,29 +233,42 @@ async def _collect_rows(
 
 
 async def _rows_of_load(order: BuildOrder, store: Store) -> SegmentInput:
-    """Returns staged rows in the order of the chunks.
+    """Returns staged rows in byte order of ids, numbered in the order of the chunks.
+
+    Each vector is copied once, from its chunk to its place.
 
     Raises: NotFound naming a chunk that is gone; InvalidRequest naming an id that is there twice.
     """
     keys = LoadKeys(order.collection, order.shard, order.load)
     ids: list[bytes] = []
     tails: list[bytes] = []
-    vectors = np.empty((order.rows, order.schema.dimension), dtype=np.float32)
+    parts: deque[Vectors] = deque()
     for chunk in order.chunks:
         part = await read_rows(store, keys, chunk)
         if part is None:
             raise NotFound(f"chunk {chunk} of load {order.load} is gone: the load was aborted")
-        vectors[len(ids) : len(ids) + len(part.ids)] = part.vectors
         ids.extend(part.ids)
         tails.extend(map(bytes, part.tails))
-    if len(set(ids)) < len(ids):
-        twice = next(a for a, b in pairwise(sorted(ids)) if a == b)
-        raise there_twice(twice)
+        parts.append(part.vectors)
+    by_id = sorted(range(len(ids)), key=ids.__getitem__)
+    sorted_ids = [ids[row] for row in by_id]
+    for one, following in pairwise(sorted_ids):
+        if one == following:
+            raise there_twice(one)
+    places = np.empty(len(ids), dtype=np.int64)
+    places[by_id] = np.arange(len(ids))
+    vectors = np.empty((order.rows, order.schema.dimension), dtype=np.float32)
+    start = 0
+    while parts:
+        its_vectors = parts.popleft()  # and lets go of it
+        stop = start + len(its_vectors)
+        vectors[places[start:stop]] = its_vectors
+        start = stop
     return SegmentInput(
-        ids=ids,
-        seqs=np.arange(order.first_seq, order.first_seq + order.rows, dtype=np.uint64),
+        ids=sorted_ids,
+        seqs=np.array(by_id, dtype=np.uint64) + np.uint64(order.first_seq),
         vectors=vectors,
-        tails=tails,
+        tails=[tails[row] for row in by_id],
     )
 
 
