@@ -189,7 +189,7 @@ def measure_recall(
     """Measures codes and coverage with rows of the segment as queries.
 
     The same index, vectors and seed give the same curve, on any number of threads. O(QUERIES · n ·
-    d): 100,000 × 384 takes about two seconds.
+    d): 100,000 × 384 takes two seconds of processor time.
     """
     random = np.random.default_rng(seed)
     sample = np.sort(random.permutation(len(vectors))[:QUERIES])
