@@ -169,10 +169,19 @@ def _of_parquet(path: Path) -> Chunks:
         file = parquet.ParquetFile(path)
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path} cannot be read: {error}", field="source") from error
+    if file.metadata.num_rows == 0:
+        raise InvalidRequest(f"{path.name} holds no rows", field="source")
 
     def batches() -> Iterator[Batch]:
         # Record batches of this size, but shorter at the end of each row group: the file's own.
-        for table in file.iter_batches(batch_size=CHUNK_ROWS_MAX):
+        tables = file.iter_batches(batch_size=CHUNK_ROWS_MAX)
+        while True:
+            try:
+                table = next(tables, None)
+            except (OSError, ValueError) as error:
+                raise InvalidRequest(f"{path} cannot be read: {error}", field="source") from error
+            if table is None:
+                return
             yield from batches_of_table(table)
 
     return Chunks(batches=batches(), rows_total=file.metadata.num_rows)
@@ -188,11 +197,7 @@ def batches_of_table(table: Any) -> Iterator[Batch]:
     count = table.num_rows
     if count == 0:
         return
-    column = table.column(VECTOR_COLUMN)
-    if hasattr(column, "combine_chunks"):
-        column = column.combine_chunks()
-    values = column.flatten() if hasattr(column, "flatten") else column.values
-    vectors = np.asarray(values).reshape(count, -1)
+    vectors = _vectors_of(table.column(VECTOR_COLUMN))
     named = [name for name in names if name not in (ID_COLUMN, VECTOR_COLUMN, PAYLOAD_COLUMN)]
     attributes = None
     if named:
@@ -203,10 +208,9 @@ def batches_of_table(table: Any) -> Iterator[Batch]:
         ]
     payloads = None
     if PAYLOAD_COLUMN in names:
-        texts = table.column(PAYLOAD_COLUMN).to_pylist()
-        payloads = [text.encode() if isinstance(text, str) else text or b"" for text in texts]
+        payloads = _payloads_of(table.column(PAYLOAD_COLUMN))
     batch = Batch(
-        ids=list(map(str, table.column(ID_COLUMN).to_pylist())),
+        ids=_ids_of(table.column(ID_COLUMN)),
         vectors=to_vectors(vectors, field=VECTOR_COLUMN),
         attributes=attributes,
         payloads=payloads,
@@ -214,6 +218,69 @@ def batches_of_table(table: Any) -> Iterator[Batch]:
     rows = rows_a_chunk(vectors.shape[1])
     for start in range(0, count, rows):
         yield from _small_enough(batch.part(start, min(start + rows, count)))
+
+
+def _vectors_of(column: Any) -> npt.NDArray[np.generic]:
+    """Returns the rows of a column of lists, or of tensors with one axis, as an array (n, d)."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    if isinstance(column, pyarrow.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pyarrow.ExtensionArray):
+        column = column.storage  # of a tensor, be it Arrow's or Ray's: a list
+    kind = column.type
+    lists = (types.is_list, types.is_large_list, types.is_fixed_size_list)
+    if not any(is_list(kind) for is_list in lists) or not (
+        types.is_floating(kind.value_type) or types.is_integer(kind.value_type)
+    ):
+        raise _no_column(VECTOR_COLUMN, f"{kind}", "lists of numbers")
+    values = column.flatten()
+    if column.null_count or values.null_count:
+        raise _no_column(VECTOR_COLUMN, "in part null", "lists of numbers")
+    lengths = np.asarray(compute.list_value_length(column))
+    others = np.flatnonzero(lengths != lengths[0])
+    if others.size:
+        found = f"of {lengths[0]} values in one row and of {lengths[others[0]]} in another"
+        raise _no_column(VECTOR_COLUMN, found, "lists of one length")
+    array: npt.NDArray[np.generic] = np.asarray(values).reshape(len(column), -1)
+    return array
+
+
+def _ids_of(column: Any) -> list[str]:
+    from pyarrow import types
+
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if not _is_text(kind) and not types.is_integer(kind):
+        raise _no_column(ID_COLUMN, f"{column.type}", "texts or whole numbers")
+    if column.null_count:
+        raise _no_column(ID_COLUMN, "in part null", "texts or whole numbers")
+    return list(map(str, column.to_pylist()))
+
+
+def _payloads_of(column: Any) -> list[bytes]:
+    from pyarrow import types
+
+    kind = column.type
+    if not (
+        _is_text(kind)
+        or types.is_binary(kind)
+        or types.is_large_binary(kind)
+        or types.is_null(kind)
+    ):
+        raise _no_column(PAYLOAD_COLUMN, f"{kind}", "JSON as text or bytes")
+    texts = column.to_pylist()
+    return [text.encode() if isinstance(text, str) else text or b"" for text in texts]
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+
+def _no_column(name: str, found: str, limit: str) -> InvalidRequest:
+    return InvalidRequest(f"the column {name} is {found}", field="source", limit=limit)
 
 
 def rows_a_chunk(dimension: int) -> int:

@@ -29,8 +29,8 @@ _PART_DIGITS = 16
 class Datasink(RayDatasink[list[str]]):  # type: ignore[misc]  # Ray's types are not read
     """Writes a dataset into a collection as one bulk load.
 
-    Columns: `id`, `vector`, perhaps `payload` (JSON); all others are attributes. load_id: names
-    the load for ever; one that is committed is not written again.
+    Columns: `id`, `vector` (lists or tensors), perhaps `payload` (JSON); others are attributes.
+    load_id: names the load for ever; one that is committed is not written again.
     """
 
     def __init__(
