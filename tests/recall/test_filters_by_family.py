@@ -16,6 +16,7 @@ from shoal_cluster.domain.schema import Metric
 from shoal_cluster.index import cost_model
 from shoal_cluster.index.cost_model import CostModel, FamilyChoice
 from shoal_cluster.index.families import CodeShape, Family
+from shoal_cluster.segment import far_rows
 from shoal_cluster.segment.deletes import alive_bits
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.segment.search import SearchPlan
@@ -39,6 +40,7 @@ SHORTFALL = 0.005
 class Asked:
     """queries: (QUERIES, d). similarity: (QUERIES, ROWS). order: rows, nearest first."""
 
+    shape: CodeShape
     reader: SegmentReader
     queries: np.ndarray
     similarity: np.ndarray
@@ -81,7 +83,7 @@ def asked(
         reader = segment_of(corpus, ROWS, tmp_path_factory.mktemp("segment"), Metric.COSINE)
     queries = np.ascontiguousarray(corpus.queries[:: len(corpus.queries) // QUERIES][:QUERIES])
     similarity = queries @ corpus.rows.vectors.T
-    return Asked(reader, queries, similarity, np.argsort(-similarity, axis=1))
+    return Asked(shape, reader, queries, similarity, np.argsort(-similarity, axis=1))
 
 
 @pytest.fixture(params=["planned", "scanned"])
@@ -102,6 +104,25 @@ def far_away(asked: Asked, share: float) -> Callable[[int], np.ndarray]:
     return lambda query: np.sort(asked.order[query, -count:])
 
 
+def far_from_the_mean(asked: Asked, share: float) -> Callable[[int], np.ndarray]:
+    """As another language or section is: far from most queries, not cut by any one of them."""
+    order = np.argsort(asked.similarity.mean(axis=0))
+    return lambda query: np.sort(order[: max(1, round(share * ROWS))])
+
+
+def all_but_most_of_the_nearest(asked: Asked, share: float) -> Callable[[int], np.ndarray]:
+    """One in 200 of the nearest rows stays: they may be hits, and are found first."""
+    left_out = round(share * ROWS)
+    random = np.random.default_rng(12)
+
+    def matching(query: int) -> np.ndarray:
+        stays = random.random(left_out) < 0.005
+        order = asked.order[query]
+        return np.sort(np.concatenate([order[:left_out][stays], order[left_out:]]))
+
+    return matching
+
+
 def near_by(asked: Asked, share: float) -> Callable[[int], np.ndarray]:
     count = max(1, round(share * ROWS))
     return lambda query: np.sort(asked.order[query, :count])
@@ -113,7 +134,9 @@ def all_but_the_nearest(asked: Asked, share: float) -> Callable[[int], np.ndarra
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("matching", [at_random, far_away, near_by], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "matching", [at_random, far_away, far_from_the_mean, near_by], ids=lambda f: f.__name__
+)
 def test_recall_is_kept_under_filters_of_every_kind(
     asked: Asked,
     planned: bool,
@@ -135,6 +158,49 @@ def test_recall_is_kept_where_the_nearest_rows_are_left_out(asked: Asked, share:
     recall, _ = asked.recall(0.95, all_but_the_nearest(asked, share))
 
     assert recall >= 0.95 - SHORTFALL
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3])
+@pytest.mark.parametrize("target", [0.95, 0.99])
+def test_recall_is_kept_where_few_of_the_nearest_rows_stay(
+    asked: Asked, planned: bool, share: float, target: float
+) -> None:
+    recall, _ = asked.recall(target, all_but_most_of_the_nearest(asked, share))
+
+    assert recall >= target - SHORTFALL
+
+
+def test_a_scan_that_never_doubts_itself_loses_the_recall(
+    asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CostModel, "gather_ns", lambda self, rows: 1e6 * rows)
+    monkeypatch.setattr(far_rows, "LATE_HITS_MAX", 1.0)
+
+    recall, _ = asked.recall(0.95, far_away(asked, 0.5))
+
+    assert recall < 0.95 - SHORTFALL
+
+
+def test_only_where_codes_tell_rows_apart_does_a_scan_settle(asked: Asked) -> None:
+    """Else the sure way is taken; explain says which. With finer codes it is cheap at once."""
+    found = {
+        matching: [
+            asked.reader.search(
+                asked.queries[query : query + 1],
+                K,
+                matching=BitMap(matching(asked, 0.5)(query).astype(np.uint32)),
+                recall_target=0.95,
+            ).report.reason
+            for query in range(QUERIES)
+        ]
+        for matching in (far_away, far_from_the_mean)
+    }
+
+    settled = {matching: sum("1 of them" in each for each in found[matching]) for matching in found}
+    deeper = {matching: sum("deeper" in each for each in found[matching]) for matching in found}
+    assert settled[far_away] <= 0.05 * QUERIES and deeper[far_away] >= 0.9 * QUERIES
+    if asked.shape.values_a_code == 4:
+        assert settled[far_from_the_mean] >= 0.5 * deeper[far_from_the_mean] > 0
 
 
 def test_recall_is_kept_where_the_nearest_rows_were_deleted(asked: Asked) -> None:

@@ -43,9 +43,10 @@ from shoal_cluster.index.families import CandidateIndex, Effort, Family
 from shoal_cluster.index.fast_scan import decode_codes
 from shoal_cluster.index.rescoring import rescored_top_k
 from shoal_cluster.index.row_bits import RowBits
-from shoal_cluster.index.settings import Setting, effort_beyond, rank_measured, setting_for
+from shoal_cluster.index.settings import Setting
 from shoal_cluster.segment import format as layout
 from shoal_cluster.segment.build import SegmentInput
+from shoal_cluster.segment.far_rows import suffices, sure_way, try_depths
 from shoal_cluster.segment.format import MappedFile, map_file
 from shoal_cluster.segment.ids import IdTable
 from shoal_cluster.segment.meta import SegmentMeta, decode_meta
@@ -62,6 +63,7 @@ from shoal_cluster.segment.search import (
     decide,
     no_hits,
 )
+from shoal_cluster.segment.settings_in_use import CurveInUse, SettingsInUse
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +77,6 @@ class SegmentMemory:
     mapped_bytes: int
 
 
-SETTINGS_KEPT_MAX = 256
-"""Choices remembered, one for each (target, k, rank) asked for: a choice looks at every point of
-the curve, 30 to 150 µs."""
-
 WIDE_SHARE_MIN = 0.9
 """With so many rows allowed, as when few are dead, nobody looks where they are."""
 
@@ -88,21 +86,7 @@ LOCAL_SHARE_MIN = 0.6
 
 
 _ALL = slice(None)
-
-
-class _CurveInUse:
-    """The curve that settings are chosen by; readers of one segment in other tiers share it."""
-
-    def __init__(self, curve: RecallCurve) -> None:
-        self.curve = curve
-
-
-class _Settings:
-    """The choices by one curve: with another, other ones are remembered."""
-
-    def __init__(self, curve: RecallCurve) -> None:
-        self.curve = curve
-        self.chosen: dict[tuple[float, int, int | None], Setting] = {}
+_NO_KEYS: Keys = np.empty(0, dtype=np.float32)
 
 
 class SegmentReader:
@@ -119,7 +103,7 @@ class SegmentReader:
         payload: PayloadFile,
         columns: Columns,
         mapped_bytes: int,
-        in_use: _CurveInUse | None = None,
+        in_use: CurveInUse | None = None,
     ) -> None:
         self.segment_id = segment_id
         self.meta = meta
@@ -127,8 +111,13 @@ class SegmentReader:
         self._index = index
         self._costs = CostModel(dimension=meta.dimension, storage=meta.storage, tier=residence.tier)
         self._sample = RankSample(meta.rows)
-        self._in_use = _CurveInUse(meta.recall_curve) if in_use is None else in_use
-        self._settings = _Settings(self._in_use.curve)
+        self._in_use = CurveInUse(meta.recall_curve) if in_use is None else in_use
+        self._settings = SettingsInUse(
+            self._in_use,
+            rows=meta.rows,
+            lists=0 if index is None else index.shape.lists,
+            scan_ns=self._scan_ns,
+        )
         self._ids = ids
         self._payload = payload
         self._columns = columns
@@ -262,7 +251,11 @@ class SegmentReader:
 
     def factor(self, recall_target: float) -> int:
         """Returns how many candidates a hit are rescored of ten nearest; 0: all are compared."""
-        return 0 if self._index is None else self._setting(recall_target, K_CLASSES[0], 1.0).factor
+        return (
+            0
+            if self._index is None
+            else self._settings.setting(recall_target, K_CLASSES[0], 1.0).factor
+        )
 
     def measure_again(self, queries: Vectors, together: int) -> Iterator[Callable[[], None]]:
         """Measures the recall curve with queries that users asked, and uses it from then on.
@@ -353,7 +346,7 @@ class SegmentReader:
             live=allowed.count if matching is None else _live(self.rows, alive),
             family=self.family,
             exact=exact,
-            setting=lambda: self._setting(recall_target, k, allowed.count / self.rows),
+            setting=lambda: self._settings.setting(recall_target, k, allowed.count / self.rows),
             gather_ns=self._costs.gather_ns,
             scan_ns=self._scan_ns,
         )
@@ -364,10 +357,10 @@ class SegmentReader:
             settings = [setting] * len(queries)
         else:
             settings = self._settings_under(queries, k, recall_target, allowed, setting)
-        hits = self._scan(queries, k, allowed, decision, settings)
+        hits, scanned = self._scan(queries, k, allowed, decision, settings)
         if self.rows - allowed.count <= TOLERATED * k:
             return hits
-        return self._look_further(queries, k, allowed, hits, recall_target)
+        return self._look_further(queries, k, allowed, hits, scanned, recall_target)
 
     def _look_further(
         self,
@@ -375,36 +368,66 @@ class SegmentReader:
         k: int,
         allowed: AllowedRows,
         hits: SegmentHits,
+        scanned: Sequence[Keys],
         recall_target: float,
     ) -> SegmentHits:
-        """Asks again for queries whose allowed rows are all far from them (rank_sample.py)."""
+        """Asks again for queries whose allowed rows are all far from them (far_rows.py).
+
+        scanned: exact keys of each query's candidates, best by code first; none where lists were
+        left out.
+        """
+        doubted = [i for i, keys in enumerate(scanned) if not suffices(keys, k, recall_target)]
+        if not doubted:
+            return hits
         bits = allowed.bits()
         assert self._index is not None and bits is not None
         excluded = self._sample.excluded(bits, allowed.count)
-        if not (excluded.size and len(queries)):
+        if not excluded.size:
             return hits
         self._residence.ask_for(excluded)
-        rows = np.tile(excluded, (len(queries), 1))
-        keys = gather_keys(self._residence.scattered, queries, rows, self.meta.metric)
+        rows = np.tile(excluded, (len(doubted), 1))
+        vectors = self._residence.scattered
+        keys = gather_keys(vectors, queries[doubted], rows, self.meta.metric)
         wanted = min(k, allowed.count)
-        last_keys = hits.keys[:, wanted - 1]
+        last_keys = hits.keys[doubted, wanted - 1]
         far = self._sample.unexpected(keys, last_keys, wanted=wanted, allowed=allowed.count)
-        for number, beyond in far.items():
+        settled = 0
+        for place, beyond in far.items():
+            number = doubted[place]
             query = queries[number : number + 1]
-            effort = effort_beyond(
+            way = sure_way(
                 self.recall_curve,
                 recall_target,
                 k,
                 lists=self._index.shape.lists,
                 beyond=beyond,
+                scan_ns=self._scan_ns,
+                gather_ns=self._costs.gather_ns(allowed.count),
             )
-            if effort is None or self._scan_ns(effort) >= self._costs.gather_ns(allowed.count):
-                hits.keys[number], hits.rows[number] = self._compared(query, k, allowed)
-            else:
-                hits.keys[number], hits.rows[number] = self._scanned(query, k, allowed, effort)
+            found = try_depths(
+                k,
+                recall_target,
+                shallowest=hits.report.rows_rescored,
+                allowed=allowed.count,
+                lists=self._index.shape.lists,
+                cost_ns=self._scan_ns,
+                sure_ns=way.cost_ns,
+                scan=functools.partial(self._scanned, query, k, allowed),
+            )
+            settled += found is not None
+            if found is None:
+                found = (
+                    self._compared(query, k, allowed)
+                    if way.effort is None
+                    else self._scanned(query, k, allowed, way.effort)[:2]
+                )
+            hits.keys[number], hits.rows[number] = found
         if not far:
             return hits
-        reason = f"{hits.report.reason}; {len(far)} queries far from all rows were asked deeper"
+        reason = (
+            f"{hits.report.reason}; {len(far)} queries far from all rows were asked deeper, "
+            f"{settled} of them by a scan that settled"
+        )
         return replace(hits, report=replace(hits.report, reason=reason))
 
     def _compare(
@@ -434,7 +457,8 @@ class SegmentReader:
 
     def _scanned(
         self, queries: Vectors, k: int, allowed: AllowedRows, effort: Effort
-    ) -> tuple[Keys, Rows]:
+    ) -> tuple[Keys, Rows, Keys]:
+        """Returns the k best, and the keys of all candidates (rescoring.py)."""
         assert self._index is not None, "a segment without codes is never scanned"
         candidates = self._index.candidates(queries, effort, allowed.bits())
         self._residence.ask_for(candidates)
@@ -448,19 +472,27 @@ class SegmentReader:
         allowed: AllowedRows,
         decision: Decision,
         settings: Sequence[Setting],
-    ) -> SegmentHits:
-        """Scans codes and rescores; queries of one effort go together. settings: one a query."""
+    ) -> tuple[SegmentHits, list[Keys]]:
+        """Scans codes and rescores; queries of one effort go together. settings: one a query.
+
+        Returns the hits, and the keys of each query's candidates, best by code first, where every
+        list was scanned for some of the rows only.
+        """
         assert self._index is not None, "a segment without codes is never scanned"
         keys = np.empty((len(queries), k), dtype=np.float32)
         rows = np.empty((len(queries), k), dtype=np.int64)
+        scanned = [_NO_KEYS] * len(queries)
+        lists = self._index.shape.lists
         for effort in dict.fromkeys(setting.effort for setting in settings):
             assert effort is not None
             chosen = [i for i, setting in enumerate(settings) if setting.effort == effort]
             asked = queries if len(chosen) == len(queries) else queries[chosen]
-            keys[chosen], rows[chosen] = self._scanned(asked, k, allowed, effort)
+            keys[chosen], rows[chosen], candidates = self._scanned(asked, k, allowed, effort)
+            if not allowed.everything and effort.probes >= lists:
+                for i, its_candidates in zip(chosen, candidates, strict=True):
+                    scanned[i] = its_candidates
         widest = max(settings, key=self._effort_of, default=decision.setting)
         assert widest is not None and widest.effort is not None
-        lists = self._index.shape.lists
         report = SearchReport(
             plan=decision.plan,
             reason=widest.reason,
@@ -472,7 +504,7 @@ class SegmentReader:
             probes=widest.effort.probes,
             lists=lists,
         )
-        return SegmentHits(keys=keys, rows=rows, report=report)
+        return SegmentHits(keys=keys, rows=rows, report=report), scanned
 
     def _settings_under(
         self,
@@ -499,32 +531,8 @@ class SegmentReader:
             if local >= LOCAL_SHARE_MIN * share:
                 found.append(setting)
                 continue
-            thinner = self._setting(recall_target, k, min(local, share))
+            thinner = self._settings.setting(recall_target, k, min(local, share))
             found.append(thinner if thinner.effort is not None else setting)
-        return found
-
-    def _setting(self, recall_target: float, k: int, selectivity: float) -> Setting:
-        """Returns the cheapest setting for a target; the same question is answered from memory."""
-        assert self._index is not None
-        settings = self._settings
-        if settings.curve is not self._in_use.curve:
-            settings = self._settings = _Settings(self._in_use.curve)
-        rank = rank_measured(settings.curve, k, selectivity)
-        asked = (recall_target, k, rank)
-        found = settings.chosen.get(asked)
-        if found is None:
-            found = setting_for(
-                settings.curve,
-                recall_target,
-                k,
-                rows=self.rows,
-                lists=self._index.shape.lists,
-                rank=rank,
-                cost_ns=self._scan_ns,
-            )
-            if len(settings.chosen) >= SETTINGS_KEPT_MAX:
-                settings.chosen.clear()
-            settings.chosen[asked] = found
         return found
 
     def _scan_ns(self, effort: Effort) -> float:

@@ -37,7 +37,7 @@ class Searched:
     def search(self, queries, k, *, depth, allowed=None, probes=None):
         effort = Effort(depth=max(depth, k), probes=probes or self.index.shape.lists)
         candidates = self.index.candidates(queries, effort, allowed)
-        return rescored_top_k(self.vectors, queries, candidates, k, self.metric)
+        return rescored_top_k(self.vectors, queries, candidates, k, self.metric)[:2]
 
 
 def shape_of(vectors: np.ndarray, lists: int = 1) -> CodeShape:
