@@ -280,12 +280,23 @@ class AsyncCollection:
         *,
         k: int = 10,
         filter: Filter | None = None,
+        max_cost_ms: float | None = None,
         timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> SearchResult:
-        """Finds the k points nearest to `vector`; see SearchOptions for the rest."""
+        """Finds the k points nearest to `vector`; see SearchOptions for the rest.
+
+        max_cost_ms: instead of a recall, the milliseconds of one processor that the query may be
+        expected to cost; the best recall that they pay for is aimed at, 0.5 at least.
+        """
         call = self._calls.search(
-            self.name, vector=vector, k=k, condition=filter, model=self.model, **options
+            self.name,
+            vector=vector,
+            k=k,
+            condition=filter,
+            model=self.model,
+            max_cost_ms=max_cost_ms,
+            **options,
         )
         return (await self._connection.run(call, timeout_s))[0]
 
@@ -296,10 +307,14 @@ class AsyncCollection:
         ids: Sequence[str] | None = None,
         k: int = 10,
         filter: Filter | None = None,
+        max_cost_ms: float | None = None,
         timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> list[SearchResult]:
-        """Answers up to 256 queries, given as vectors or as stored points, in their order."""
+        """Answers up to 256 queries, given as vectors or as stored points, in their order.
+
+        max_cost_ms: as in `search`, of each query.
+        """
         call = self._calls.search(
             self.name,
             vectors=vectors,
@@ -307,6 +322,7 @@ class AsyncCollection:
             k=k,
             condition=filter,
             model=self.model,
+            max_cost_ms=max_cost_ms,
             **options,
         )
         return await self._connection.run(call, timeout_s)
@@ -317,12 +333,22 @@ class AsyncCollection:
         *,
         k: int = 10,
         filter: Filter | None = None,
+        max_cost_ms: float | None = None,
         timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> SearchResult:
-        """Finds the k points nearest to a stored one, which is left out of its own hits."""
+        """Finds the k points nearest to a stored one, which is left out of its own hits.
+
+        max_cost_ms: as in `search`.
+        """
         call = self._calls.search(
-            self.name, ids=[id], k=k, condition=filter, model=self.model, **options
+            self.name,
+            ids=[id],
+            k=k,
+            condition=filter,
+            model=self.model,
+            max_cost_ms=max_cost_ms,
+            **options,
         )
         return (await self._connection.run(call, timeout_s))[0]
 

@@ -421,6 +421,7 @@ class Calls:
         model: Model | None,
         exact: bool = False,
         recall_target: float | None = None,
+        max_cost_ms: float | None = None,
         with_payload: bool = True,
         with_vector: bool = False,
         consistency: ConsistencyName = "session",
@@ -428,7 +429,15 @@ class Calls:
     ) -> Call[list[SearchResult]]:
         """The queries are one `vector`, several `vectors`, or stored points by `ids`."""
         queries = _queries(vector, vectors, ids)
-        options = (exact, recall_target, with_payload, with_vector, consistency, explain)
+        options = (
+            exact,
+            recall_target,
+            max_cost_ms,
+            with_payload,
+            with_vector,
+            consistency,
+            explain,
+        )
         template = None
         if queries is not None and condition is None:
             template = (collection, k, model, *options, queries.shape)
@@ -445,6 +454,7 @@ class Calls:
                     filter=filter_message(condition),
                     exact=checked_flag(exact, field="exact"),
                     recall_target=checked_recall_target(recall_target),
+                    max_cost_ms=checked_max_cost(max_cost_ms),
                     with_payload=checked_flag(with_payload, field="with_payload"),
                     with_vector=checked_flag(with_vector, field="with_vector"),
                     consistency=consistency_number(consistency),
@@ -534,6 +544,11 @@ def _queries(
 def checked_recall_target(value: float | None) -> float | None:
     """Raises: InvalidRequest unless it is a number or None, the collection's own."""
     return None if value is None else checked_number(value, field="recall_target")
+
+
+def checked_max_cost(value: float | None) -> float | None:
+    """Raises: InvalidRequest unless it is a number or None; its range is the server's."""
+    return None if value is None else checked_number(value, field="max_cost_ms")
 
 
 def consistency_number(name: ConsistencyName) -> types_pb2.Consistency.ValueType:

@@ -271,12 +271,23 @@ class Collection:
         *,
         k: int = 10,
         filter: Filter | None = None,
+        max_cost_ms: float | None = None,
         timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> SearchResult:
-        """Finds the k points nearest to `vector`; see SearchOptions for the rest."""
+        """Finds the k points nearest to `vector`; see SearchOptions for the rest.
+
+        max_cost_ms: instead of a recall, the milliseconds of one processor that the query may be
+        expected to cost; the best recall that they pay for is aimed at, 0.5 at least.
+        """
         call = self._calls.search(
-            self.name, vector=vector, k=k, condition=filter, model=self.model, **options
+            self.name,
+            vector=vector,
+            k=k,
+            condition=filter,
+            model=self.model,
+            max_cost_ms=max_cost_ms,
+            **options,
         )
         return self._connection.run(call, timeout_s)[0]
 
@@ -287,10 +298,14 @@ class Collection:
         ids: Sequence[str] | None = None,
         k: int = 10,
         filter: Filter | None = None,
+        max_cost_ms: float | None = None,
         timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> list[SearchResult]:
-        """Answers up to 256 queries, given as vectors or as stored points, in their order."""
+        """Answers up to 256 queries, given as vectors or as stored points, in their order.
+
+        max_cost_ms: as in `search`, of each query.
+        """
         call = self._calls.search(
             self.name,
             vectors=vectors,
@@ -298,6 +313,7 @@ class Collection:
             k=k,
             condition=filter,
             model=self.model,
+            max_cost_ms=max_cost_ms,
             **options,
         )
         return self._connection.run(call, timeout_s)
@@ -308,12 +324,22 @@ class Collection:
         *,
         k: int = 10,
         filter: Filter | None = None,
+        max_cost_ms: float | None = None,
         timeout_s: float | None = None,
         **options: Unpack[SearchOptions],
     ) -> SearchResult:
-        """Finds the k points nearest to a stored one, which is left out of its own hits."""
+        """Finds the k points nearest to a stored one, which is left out of its own hits.
+
+        max_cost_ms: as in `search`.
+        """
         call = self._calls.search(
-            self.name, ids=[id], k=k, condition=filter, model=self.model, **options
+            self.name,
+            ids=[id],
+            k=k,
+            condition=filter,
+            model=self.model,
+            max_cost_ms=max_cost_ms,
+            **options,
         )
         return self._connection.run(call, timeout_s)[0]
 

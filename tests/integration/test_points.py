@@ -151,6 +151,23 @@ def test_explain_tells_pruned_shards_and_plans(client: shoal.Client) -> None:
         client.drop_collection("parted")
 
 
+def test_a_budget_finds_the_best_that_it_pays_for(client: shoal.Client) -> None:
+    made = client.create_collection("budget", dimension=DIMENSION, shards=2)
+    try:
+        points = _points(60)
+        made.upsert([Point(id=p.id, vector=p.vector) for p in points])
+        plenty = made.search(points[0].vector, max_cost_ms=50, explain=True)
+        assert plenty.ids == made.search(points[0].vector, exact=True).ids
+        assert plenty.explain is not None
+        assert (plenty.explain.recall_target, plenty.explain.expected_recall) == (0.0, 1.0)
+        assert len(made.search(points[0].vector, max_cost_ms=0.000_001)) == 10, "never nothing"
+        with pytest.raises(shoal.InvalidRequest) as refused:
+            made.search(points[0].vector, max_cost_ms=1, recall_target=0.9)
+        assert refused.value.field == "max_cost_ms"
+    finally:
+        client.drop_collection("budget")
+
+
 def test_a_point_moves_with_its_partition_value(client: shoal.Client) -> None:
     made = client.create_collection(
         "moving",

@@ -10,6 +10,8 @@ SHARDS_MAX = 1024
 REPLICAS_MAX = 8
 ATTRIBUTES_MAX = 64
 RECALL_TARGET_MIN, RECALL_TARGET_MAX = 0.5, 1.0
+SEARCH_COST_MS_MAX = 60_000.0
+"""Comparing a hundred million rows of 384-d takes a minute of one core."""
 RECALL_SAMPLE_SHARE_MAX = 1.0
 """Of the searches; a process takes no more than fit 2 % of a core (shard/recall_sampling.py)."""
 

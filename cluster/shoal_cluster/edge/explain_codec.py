@@ -78,6 +78,7 @@ def _fill_segment(message: pb.SegmentExplain, segment: Mapping[str, Any]) -> Non
         message.settings.add(name="probes", value=segment["probes"])
         message.settings.add(name="lists", value=segment["lists"])
     message.index = segment.get("index", "")
+    message.expected_cost_us = segment.get("expected_cost_us", 0.0)
 
 
 def fill_stages(stages: Any, stages_us: Mapping[str, float]) -> None:

@@ -89,6 +89,7 @@ def _request_of(message: pb.SearchRequest) -> SearchRequest:
         filter=decode_filter(message.filter) if message.HasField("filter") else None,
         exact=message.exact,
         recall_target=message.recall_target if message.HasField("recall_target") else None,
+        max_cost_ms=message.max_cost_ms if message.HasField("max_cost_ms") else None,
         freshness=decode_freshness(message.consistency, message.session),
         with_payload=message.with_payload,
         with_vector=message.with_vector,

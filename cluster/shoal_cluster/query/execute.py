@@ -41,7 +41,8 @@ class SearchedShard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchExplain:
-    """stages_us: time in the coordinator, in the order of the path."""
+    """stages_us: time in the coordinator, in the order of the path. recall_target: 0 means the best
+    that a budget pays for."""
 
     recall_target: float
     searched: tuple[SearchedShard, ...]
@@ -296,9 +297,8 @@ def _explained(
     answers: Sequence[ShardAnswer[Parsed]],
     stages_us: Mapping[str, int],
 ) -> SearchExplain:
-    target = request.recall_target
     return SearchExplain(
-        recall_target=plan.schema.recall_target if target is None else target,
+        recall_target=_target(plan, request),
         searched=tuple(
             SearchedShard(
                 shard=shard,
@@ -313,3 +313,10 @@ def _explained(
         pruned=plan.pruned,
         stages_us=stages_us,
     )
+
+
+def _target(plan: SearchPlan, request: SearchRequest) -> float:
+    """Returns the recall that was aimed at; 0: the best that a budget pays for."""
+    if request.max_cost_ms is not None:
+        return 0.0
+    return plan.schema.recall_target if request.recall_target is None else request.recall_target

@@ -14,6 +14,7 @@ from shoal_cluster.domain.limits import (
     RECALL_TARGET_MAX,
     RECALL_TARGET_MIN,
     SEARCH_BATCH_MAX,
+    SEARCH_COST_MS_MAX,
     SEARCH_K_MAX,
 )
 from shoal_cluster.domain.point import Vectors
@@ -59,8 +60,9 @@ class SearchRequest:
     """One to SEARCH_BATCH_MAX queries under one filter, by vector or by stored point.
 
     queries: (n, dimension) float32 as the caller gave them, or None. ids: UTF-8, () with queries.
-    recall_target: None means the collection's. With neither queries nor ids it is a template, what
-    searches that differ in their vectors have in common (query/prepared.py).
+    recall_target: None means the collection's. max_cost_ms: instead of a recall, what a query may
+    be expected to cost of one processor, in all shards together. With neither queries nor ids it is
+    a template, what searches that differ in their vectors have in common (query/prepared.py).
     """
 
     collection: str
@@ -70,6 +72,7 @@ class SearchRequest:
     filter: Expression | None = None
     exact: bool = False
     recall_target: float | None = None
+    max_cost_ms: float | None = None
     freshness: Freshness = field(default_factory=Freshness)
     with_payload: bool = False
     with_vector: bool = False
@@ -92,7 +95,8 @@ class SearchPlan:
     with_tails: bool
 
     def call(self, shard: ShardNumber, request: SearchRequest) -> SearchCall:
-        """Returns the message for one shard."""
+        """Returns the message for one shard; shards share the budget evenly."""
+        budget_ms = request.max_cost_ms
         return SearchCall(
             collection=self.schema.id,
             shard=shard,
@@ -100,6 +104,7 @@ class SearchPlan:
             filter=self.filter_wire,
             exact=request.exact,
             recall_target=request.recall_target,
+            max_cost_ms=None if budget_ms is None else budget_ms / len(self.shards),
             with_payload=self.with_tails,
             with_vector=request.with_vector,
             explain=request.explain,
@@ -178,7 +183,25 @@ def check_settings(request: SearchRequest, schema: CollectionSchema) -> None:
             field="recall_target",
             limit=f"{RECALL_TARGET_MIN} to {RECALL_TARGET_MAX}",
         )
+    _check_max_cost(request)
     require_model(request.model, schema.model, schema.name)
+
+
+def _check_max_cost(request: SearchRequest) -> None:
+    cost_ms = request.max_cost_ms
+    if cost_ms is None:
+        return
+    if request.exact or request.recall_target is not None:
+        raise InvalidRequest(
+            "a search takes max_cost_ms, recall_target or exact, one of the three",
+            field="max_cost_ms",
+        )
+    if not 0 < cost_ms <= SEARCH_COST_MS_MAX:
+        raise InvalidRequest(
+            f"max_cost_ms {cost_ms} is out of range",
+            field="max_cost_ms",
+            limit=f"above 0 to {SEARCH_COST_MS_MAX:g}",
+        )
 
 
 def _check_answer_size(hits: int, request: SearchRequest, schema: CollectionSchema) -> None:

@@ -21,6 +21,7 @@ from shoal_cluster.domain.schema import CollectionSchema, MemoryTier
 from shoal_cluster.filtering.columns import Columns
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.statistics import SegmentStatistics
+from shoal_cluster.index.budget import best_within
 from shoal_cluster.index.calibration import (
     BEYOND_QUERIES,
     K_CLASSES,
@@ -77,14 +78,6 @@ class SegmentMemory:
     mapped_bytes: int
 
 
-WIDE_SHARE_MIN = 0.9
-"""With so many rows allowed, as when few are dead, nobody looks where they are."""
-
-LOCAL_SHARE_MIN = 0.6
-"""A filter counts as thinner around a query than elsewhere below this share of its selectivity: of
-256 sampled rows at 5 %, chance alone takes one query in fifteen there, to no harm but its time."""
-
-
 _ALL = slice(None)
 _NO_KEYS: Keys = np.empty(0, dtype=np.float32)
 
@@ -113,10 +106,7 @@ class SegmentReader:
         self._sample = RankSample(meta.rows)
         self._in_use = CurveInUse(meta.recall_curve) if in_use is None else in_use
         self._settings = SettingsInUse(
-            self._in_use,
-            rows=meta.rows,
-            lists=0 if index is None else index.shape.lists,
-            scan_ns=self._scan_ns,
+            self._in_use, rows=meta.rows, index=index, scan_ns=self._scan_ns
         )
         self._ids = ids
         self._payload = payload
@@ -330,37 +320,75 @@ class SegmentReader:
         matching: BitMap | None = None,
         recall_target: float = 0.95,
         exact: bool = False,
+        budget_ns: float | None = None,
     ) -> SegmentHits:
         """Returns the k nearest live, matching rows of each query.
 
         queries: (nq, d) float32, C-contiguous, unit length under cosine. alive: packed bits of the
         rows that are not dead (deletes.py), None when all live. matching: the rows that pass the
         filter, None when there is no filter. recall_target: the cheapest setting whose measured
-        recall reaches it is used; 1.0 and `exact` compute every key.
+        recall reaches it is used; 1.0 and `exact` compute every key. budget_ns: instead of a
+        target, what a query may be expected to cost; the best that it pays for is used
+        (index/budget.py).
         """
         assert queries.ndim == 2 and queries.shape[1] == self.meta.dimension, queries.shape
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         allowed = allowed_rows(self.rows, alive, matching)
-        decision = decide(
-            allowed,
-            live=allowed.count if matching is None else _live(self.rows, alive),
-            family=self.family,
-            exact=exact,
-            setting=lambda: self._settings.setting(recall_target, k, allowed.count / self.rows),
-            gather_ns=self._costs.gather_ns,
-            scan_ns=self._scan_ns,
-        )
+        live = allowed.count if matching is None else _live(self.rows, alive)
+
+        def planned(target: float) -> Decision:
+            return decide(
+                allowed,
+                live=live,
+                family=self.family,
+                exact=exact,
+                setting=lambda: self._settings.setting(target, k, allowed.count / self.rows),
+                gather_ns=self._costs.gather_ns,
+                scan_ns=self._filtered_scan_ns,
+            )
+
+        if budget_ns is None:
+            decision = planned(recall_target)
+        else:
+            decision = self._best_within(budget_ns, planned, allowed)
         setting = decision.setting
         if setting is None or setting.effort is None:
             return self._compare(queries, k, allowed, decision)
-        if allowed.everything or self._index is None or self._index.shape.lists == 1:
-            settings = [setting] * len(queries)
-        else:
-            settings = self._settings_under(queries, k, recall_target, allowed, setting)
+        if budget_ns is not None:
+            setting = replace(setting, reason=decision.reason)
+            return self._scan(queries, k, allowed, decision, [setting] * len(queries))[0]
+        settings = self._settings.under(setting, queries, k, recall_target, allowed)
         hits, scanned = self._scan(queries, k, allowed, decision, settings)
         if self.rows - allowed.count <= TOLERATED * k:
             return hits
         return self._look_further(queries, k, allowed, hits, scanned, recall_target)
+
+    def _best_within(
+        self, budget_ns: float, planned: Callable[[float], Decision], allowed: AllowedRows
+    ) -> Decision:
+        def priced(target: float) -> tuple[Decision, float]:
+            decision = planned(target)
+            effort = None if decision.setting is None else decision.setting.effort
+            return decision, self._plan_ns(decision.plan, allowed.count, effort)
+
+        target, decision = best_within(budget_ns, priced)
+        reason = f"recall {target:g} is what {budget_ns / 1e6:.3g} ms pay for: {decision.reason}"
+        return replace(decision, reason=reason)
+
+    def expected_ns(self, report: SearchReport) -> float:
+        """Returns what one query of such a search was expected to cost."""
+        effort = Effort(depth=report.rows_rescored, probes=report.probes)
+        return self._plan_ns(report.plan, report.rows_scanned, effort)
+
+    def _plan_ns(self, plan: SearchPlan, compared: int, effort: Effort | None) -> float:
+        """compared: rows of a plan that compares all it may return. effort: of a scan."""
+        if plan in (SearchPlan.SCAN, SearchPlan.SCAN_BITMAP):
+            assert effort is not None, "a scan has a setting"
+            filtered = plan is SearchPlan.SCAN_BITMAP
+            return self._filtered_scan_ns(effort) if filtered else self._scan_ns(effort)
+        if compared == self.rows:
+            return self._costs.exact_ns(compared)
+        return self._costs.gather_ns(compared)
 
     def _look_further(
         self,
@@ -506,38 +534,13 @@ class SegmentReader:
         )
         return SegmentHits(keys=keys, rows=rows, report=report), scanned
 
-    def _settings_under(
-        self,
-        queries: Vectors,
-        k: int,
-        recall_target: float,
-        allowed: AllowedRows,
-        setting: Setting,
-    ) -> list[Setting]:
-        """Returns how to search for each query under a restriction, looking around the query.
-
-        setting: right where the allowed rows are as dense as on the whole. Where they are thinner
-        the nearest of them lie further out, in more lists, up to all of them.
-        """
-        assert self._index is not None and setting.effort is not None
-        bits = allowed.bits()
-        assert bits is not None, "not every row is allowed"
-        share = allowed.count / self.rows
-        if setting.effort.probes >= self._index.shape.lists or share >= WIDE_SHARE_MIN:
-            return [setting] * len(queries)
-        around = self._index.allowed_shares(queries, setting.effort.probes, bits)
-        found = []
-        for local in around.tolist():
-            if local >= LOCAL_SHARE_MIN * share:
-                found.append(setting)
-                continue
-            thinner = self._settings.setting(recall_target, k, min(local, share))
-            found.append(thinner if thinner.effort is not None else setting)
-        return found
-
     def _scan_ns(self, effort: Effort) -> float:
         assert self._index is not None
         return self._costs.scan_ns(self.rows, self._index.shape, effort)
+
+    def _filtered_scan_ns(self, effort: Effort) -> float:
+        assert self._index is not None
+        return self._costs.scan_ns(self.rows, self._index.shape, effort, filtered=True)
 
     @staticmethod
     def _effort_of(setting: Setting) -> int:

@@ -71,7 +71,8 @@ class SearchCall:
     """Asks one shard for its top k of each query; body: (queries, dimension) float32.
 
     Queries are as the index wants them (unit length under cosine). recall_target None means the
-    collection's own. filter None means every row.
+    collection's own. max_cost_ms: instead of a recall, what one query may cost this shard, of one
+    processor. filter None means every row.
     """
 
     METHOD: ClassVar[str] = "search"
@@ -84,6 +85,7 @@ class SearchCall:
     with_payload: bool = False
     with_vector: bool = False
     explain: bool = False
+    max_cost_ms: float | None = None
     level: ReadLevel = ReadLevel()
 
     def to_wire(self) -> list[Any]:
@@ -97,6 +99,7 @@ class SearchCall:
             self.with_payload,
             self.with_vector,
             self.explain,
+            self.max_cost_ms,
             self.level.to_wire(),
         ]
 
@@ -112,7 +115,8 @@ class SearchCall:
             with_payload=fields[6],
             with_vector=fields[7],
             explain=fields[8],
-            level=ReadLevel.from_wire(fields[9]),
+            max_cost_ms=fields[9],
+            level=ReadLevel.from_wire(fields[10]),
         )
 
 

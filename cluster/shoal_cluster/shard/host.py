@@ -332,6 +332,7 @@ class ShardHost:
             filter=_expression(call.filter),
             exact=call.exact,
             recall_target=call.recall_target or schema.recall_target,
+            max_cost_ns=None if call.max_cost_ms is None else call.max_cost_ms * 1e6,
             explain=call.explain,
         )
         waited_s = clock.monotonic_s()

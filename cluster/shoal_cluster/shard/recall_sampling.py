@@ -146,7 +146,7 @@ class RecallSampler:
 
         prepared: what it ran as, perhaps together with others; order, hits: its own.
         """
-        if order.exact or order.recall_target != self._target:
+        if order.exact or order.recall_target != self._target or order.max_cost_ns is not None:
             return
         self._until -= len(order.queries)
         if self._until > 0:

@@ -21,6 +21,7 @@ from shoal_cluster.domain.point import Vectors
 from shoal_cluster.domain.schema import Metric
 from shoal_cluster.filtering.expression import Expression
 from shoal_cluster.filtering.statistics import rule_out
+from shoal_cluster.index.cost_model import CostModel
 from shoal_cluster.index.distances import Keys, Rows, exact_top_k
 from shoal_cluster.segment.search import SegmentHits, allowed_rows
 from shoal_cluster.shard.memtable import MemtableView
@@ -30,13 +31,18 @@ from shoal_cluster.shard.state import SegmentView, ShardState, Snapshot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchOrder:
-    """What to look for. queries: (nq, dimension) C-contiguous float32 as the index wants them."""
+    """What to look for. queries: (nq, dimension) C-contiguous float32 as the index wants them.
+
+    max_cost_ns: instead of a recall, what one query may cost of one processor
+    (docs/design/search-budget.md).
+    """
 
     queries: Vectors
     k: int
     filter: Expression | None
     exact: bool
     recall_target: float
+    max_cost_ns: float | None = None
     explain: bool = False
 
 
@@ -111,52 +117,63 @@ def execute(prepared: Prepared, metric: Metric) -> ShardHits:
     order, snapshot = prepared.order, prepared.snapshot
     parts: list[_Part] = []
     explained: list[dict[str, Any]] = []
+    counts = [
+        memtable.rows if rows is None else len(rows)
+        for memtable, rows in zip(snapshot.memtables, prepared.memtable_rows, strict=True)
+    ]
+    asked = []
     for number, view in enumerate(snapshot.segments):
-        found = _search_segment(view, order, explained)
-        if found is not None:
-            parts.append(_Part(number, found.keys, found.rows))
-    memtable_rows = 0
-    for number, (memtable, rows) in enumerate(
-        zip(snapshot.memtables, prepared.memtable_rows, strict=True)
+        matching, reason = _matching(view, order)
+        if reason is None:
+            asked.append((number, view, matching))
+        elif order.explain:
+            explained.append(_explain_pruned(view.entry.id, view.reader.rows, reason))
+    budgets_ns = budgets(order, sum(counts), [view.live for _, view, _ in asked])
+    for (number, view, matching), budget_ns in zip(asked, budgets_ns, strict=True):
+        found = view.reader.search(
+            order.queries,
+            order.k,
+            alive=view.alive,
+            matching=matching,
+            recall_target=order.recall_target,
+            exact=order.exact,
+            budget_ns=budget_ns,
+        )
+        parts.append(_Part(number, found.keys, found.rows))
+        if order.explain:
+            explained.append(_explain_searched(view, matching, found))
+    for number, (memtable, rows, count) in enumerate(
+        zip(snapshot.memtables, prepared.memtable_rows, counts, strict=True)
     ):
-        count = memtable.rows if rows is None else len(rows)
-        memtable_rows += count
         if count:
             parts.append(_Part(-1 - number, *_search_memtable(memtable, rows, order, metric)))
     hits = _merge(parts, order, snapshot)
     if order.explain:
-        hits.explain.update(
-            segments=explained, memtable_rows=memtable_rows, live_rows=snapshot.live
-        )
+        hits.explain.update(segments=explained, memtable_rows=sum(counts), live_rows=snapshot.live)
     return hits
 
 
-def _search_segment(
-    view: SegmentView, order: SearchOrder, explained: list[dict[str, Any]]
-) -> SegmentHits | None:
+def _matching(view: SegmentView, order: SearchOrder) -> tuple[BitMap | None, str | None]:
+    """Returns the rows that match the filter, None for all; or why the segment is not searched."""
+    if not view.live:
+        return None, "every row is dead"
+    if order.filter is None:
+        return None, None
     reader = view.reader
-    matching: BitMap | None = None
-    reason = None if view.live else "every row is dead"
-    if order.filter is not None and reason is None:
-        reason = rule_out(order.filter, reader.statistics, reader.rows)
-        if reason is None:
-            matching = reader.evaluate(order.filter)
-            reason = None if matching else "no row of the segment matches the filter"
+    reason = rule_out(order.filter, reader.statistics, reader.rows)
     if reason is not None:
-        if order.explain:
-            explained.append(_explain_pruned(view.entry.id, reader.rows, reason))
-        return None
-    hits = reader.search(
-        order.queries,
-        order.k,
-        alive=view.alive,
-        matching=matching,
-        recall_target=order.recall_target,
-        exact=order.exact,
-    )
-    if order.explain:
-        explained.append(_explain_searched(view, matching, hits))
-    return hits
+        return None, reason
+    matching = reader.evaluate(order.filter)
+    return matching, None if matching else "no row of the segment matches the filter"
+
+
+def budgets(order: SearchOrder, memtable_rows: int, live: Sequence[int]) -> list[float | None]:
+    """Returns what each segment may cost a query: by its live rows, of what memtables leave."""
+    if order.max_cost_ns is None:
+        return [None] * len(live)
+    of_memtables_ns = CostModel(dimension=order.queries.shape[1]).exact_ns(memtable_rows)
+    left_ns = max(order.max_cost_ns - of_memtables_ns, 0.0)
+    return [left_ns * rows / sum(live) for rows in live]
 
 
 def _search_memtable(
@@ -201,6 +218,7 @@ def _explain_searched(
         "expected_recall": report.expected_recall,
         "rows_scanned": report.rows_scanned,
         "rows_rescored": report.rows_rescored,
+        "expected_cost_us": view.reader.expected_ns(report) / 1e3,
         "probes": report.probes,
         "lists": report.lists,
         "index": f"{report.family.value}: {view.reader.meta.family_reason}",

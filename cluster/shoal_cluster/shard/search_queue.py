@@ -85,6 +85,7 @@ class _Waiting:
             and mine.k == theirs.k
             and mine.exact == theirs.exact
             and mine.recall_target == theirs.recall_target
+            and mine.max_cost_ns == theirs.max_cost_ns
             and not mine.explain
             and not theirs.explain
             and mine.filter == theirs.filter

@@ -39,6 +39,7 @@ class SearchRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     EXPLAIN_FIELD_NUMBER: _builtins.int
+    MAX_COST_MS_FIELD_NUMBER: _builtins.int
     collection: _builtins.str
     """The collection's name."""
     vectors: _builtins.bytes
@@ -59,6 +60,11 @@ class SearchRequest(_message.Message):
     """How fresh the answer must be."""
     explain: _builtins.bool
     """Return how the answer was found."""
+    max_cost_ms: _builtins.float
+    """Instead of a recall: milliseconds of one processor that answering one query may be expected to
+    cost, in all shards together, above 0 to 60,000. The best recall that this pays for is aimed
+    at, but 0.5 at least, whatever that costs. Not together with `exact` or `recall_target`.
+    """
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The queries as stored points: their vectors are used, and each is left out of its own hits.
@@ -94,13 +100,19 @@ class SearchRequest(_message.Message):
         session: _types_pb2.SessionToken | None = ...,
         model: _types_pb2.EmbeddingModel | None = ...,
         explain: _builtins.bool = ...,
+        max_cost_ms: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "filter", b"filter", "model", b"model", "recall_target", b"recall_target", "session", b"session"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_cost_ms", b"_max_cost_ms", "_recall_target", b"_recall_target", "filter", b"filter", "max_cost_ms", b"max_cost_ms", "model", b"model", "recall_target", b"recall_target", "session", b"session"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target", "collection", b"collection", "consistency", b"consistency", "dimension", b"dimension", "exact", b"exact", "explain", b"explain", "filter", b"filter", "ids", b"ids", "k", b"k", "model", b"model", "recall_target", b"recall_target", "session", b"session", "vectors", b"vectors", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_cost_ms", b"_max_cost_ms", "_recall_target", b"_recall_target", "collection", b"collection", "consistency", b"consistency", "dimension", b"dimension", "exact", b"exact", "explain", b"explain", "filter", b"filter", "ids", b"ids", "k", b"k", "max_cost_ms", b"max_cost_ms", "model", b"model", "recall_target", b"recall_target", "session", b"session", "vectors", b"vectors", "with_payload", b"with_payload", "with_vector", b"with_vector"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_cost_ms: _TypeAlias = _typing.Literal["max_cost_ms"]  # noqa: Y015
+    _WhichOneofArgType__max_cost_ms: _TypeAlias = _typing.Literal["_max_cost_ms", b"_max_cost_ms"]  # noqa: Y015
     _WhichOneofReturnType__recall_target: _TypeAlias = _typing.Literal["recall_target"]  # noqa: Y015
     _WhichOneofArgType__recall_target: _TypeAlias = _typing.Literal["_recall_target", b"_recall_target"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_cost_ms) -> _WhichOneofReturnType__max_cost_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__recall_target) -> _WhichOneofReturnType__recall_target | None: ...
 
 Global___SearchRequest: _TypeAlias = SearchRequest  # noqa: Y015
@@ -313,6 +325,7 @@ class SegmentExplain(_message.Message):
     ROWS_RESCORED_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     INDEX_FIELD_NUMBER: _builtins.int
+    EXPECTED_COST_US_FIELD_NUMBER: _builtins.int
     segment: _builtins.str
     """Segment id, or "memtable"."""
     searched: _builtins.bool
@@ -333,6 +346,8 @@ class SegmentExplain(_message.Message):
     """Rows compared again with their full vectors, summed over queries."""
     index: _builtins.str
     """The index the segment was built with, and why: what each kind was expected to cost."""
+    expected_cost_us: _builtins.float
+    """Microseconds of one processor that one query was expected to cost here."""
     @_builtins.property
     def settings(self) -> _containers.RepeatedCompositeFieldContainer[Global___IndexSetting]:
         """Settings of the index."""
@@ -356,10 +371,11 @@ class SegmentExplain(_message.Message):
         rows_rescored: _builtins.int = ...,
         stages: _abc.Iterable[Global___StageTiming] | None = ...,
         index: _builtins.str = ...,
+        expected_cost_us: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_recall", b"expected_recall", "index", b"index", "plan", b"plan", "reason", b"reason", "rows", b"rows", "rows_passing", b"rows_passing", "rows_rescored", b"rows_rescored", "rows_scanned", b"rows_scanned", "searched", b"searched", "segment", b"segment", "settings", b"settings", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_cost_us", b"expected_cost_us", "expected_recall", b"expected_recall", "index", b"index", "plan", b"plan", "reason", b"reason", "rows", b"rows", "rows_passing", b"rows_passing", "rows_rescored", b"rows_rescored", "rows_scanned", b"rows_scanned", "searched", b"searched", "segment", b"segment", "settings", b"settings", "stages", b"stages"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -432,7 +448,7 @@ class Explain(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     STAGES_FIELD_NUMBER: _builtins.int
     recall_target: _builtins.float
-    """The recall the plan was made for."""
+    """The recall the plan was made for; 0: the best that max_cost_ms pays for."""
     expected_recall: _builtins.float
     """The least recall any searched segment's curve promises."""
     @_builtins.property

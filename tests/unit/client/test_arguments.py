@@ -148,6 +148,8 @@ def test_a_flag_is_true_or_false(build: Callable[..., Any], field: str, value: o
     [
         (search, {"recall_target": "x"}, "recall_target"),
         (search, {"recall_target": True}, "recall_target"),
+        (search, {"max_cost_ms": "x"}, "max_cost_ms"),
+        (search, {"max_cost_ms": True}, "max_cost_ms"),
         (search, {"collection": None}, "collection"),
         (search, {"collection": 5}, "collection"),
         (search, {"consistency": "bad"}, "consistency"),

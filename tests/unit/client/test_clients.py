@@ -300,6 +300,19 @@ def test_create_collection_sends_the_schema_and_returns_a_handle(
     assert server.requests["Search"][0].model == types_pb2.EmbeddingModel(name="mini", version="2")
 
 
+def test_a_budget_is_sent_instead_of_a_recall(connect: Connect, server: FakeServer) -> None:
+    notes = connect(server.address).collection("notes")
+    notes.search([1.0, 2.0], max_cost_ms=0.25)
+    notes.search([1.0, 2.0], max_cost_ms=0.5)
+    notes.search_batch([[1.0, 2.0]], max_cost_ms=0.5)
+    notes.search_by_id("a", max_cost_ms=2)
+    notes.search([1.0, 2.0])
+    sent = server.requests["Search"]
+    assert [request.max_cost_ms for request in sent] == [0.25, 0.5, 0.5, 2.0, 0.0]
+    assert not sent[-1].HasField("max_cost_ms")
+    assert not any(request.HasField("recall_target") for request in sent)
+
+
 def test_a_search_sends_everything_it_was_asked_with(connect: Connect, server: FakeServer) -> None:
     notes = connect(server.address).collection("notes")
     result = notes.search(

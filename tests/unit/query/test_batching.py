@@ -189,6 +189,7 @@ def test_a_busy_shard_is_asked_for_all_that_wait_at_once() -> None:
         {"filter": Comparison("color", Operator.EQ, "red")},
         {"exact": True},
         {"recall_target": 0.5},
+        {"max_cost_ms": 0.5},
         {"with_payload": True},
         {"shard": ShardNumber(1)},
         {"consistency": Consistency.STRONG},

@@ -117,7 +117,7 @@ def test_the_interval_holds_the_truth_of_real_searches(tmp_path: Path) -> None:
     queries = random_rows(1_500, 300, seed=2).vectors
     truth = reader.search(queries, K, exact=True).keys
     shallow = Effort(depth=3 * K, probes=1)
-    found, _ = reader._scanned(queries, K, allowed_rows(reader.rows, None, None), shallow)
+    found, _, _ = reader._scanned(queries, K, allowed_rows(reader.rows, None, None), shallow)
     recalls = np.array([recall_of(*each) for each in zip(found, truth, strict=True)])
     assert 0.7 < recalls.mean() < 0.995
     rng, held = np.random.default_rng(5), 0
@@ -300,6 +300,7 @@ def test_searches_that_say_nothing_about_the_target_are_not_sampled(tmp_path: Pa
     async def scenario() -> None:
         sampling = Sampling(await filled(tmp_path))
         await sampling.answer(order(exact=True))
+        await sampling.answer(order(max_cost_ns=1e6))
         await sampling.answer(order(recall_target=0.5))
         sampling.alter(recall_sample_share=0.0)
         sampling.sampler.alter()

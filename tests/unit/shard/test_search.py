@@ -1,5 +1,6 @@
 """Reads of one shard against brute force, whatever lies in segments and what in memory."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from shoal_cluster.domain.schema import Metric
 from shoal_cluster.filtering.expression import Comparison, Expression, Operator, matches
+from shoal_cluster.index.cost_model import CostModel
 from shoal_cluster.shard import rows, search
 from tests.unit.shard.nodes import (
     DIMENSION,
@@ -171,6 +173,22 @@ def test_explain_names_every_segment_and_why_it_was_pruned(tmp_path):
         await node.crash()
 
     run(scenario())
+
+
+def test_segments_share_what_memtables_leave_of_a_budget_by_their_rows():
+    order = search.SearchOrder(
+        queries=np.zeros((1, 384), dtype=np.float32),
+        k=3,
+        filter=None,
+        exact=False,
+        recall_target=0.9,
+    )
+    assert search.budgets(order, 4096, [10, 20]) == [None, None]
+    of_memtable_ns = CostModel(dimension=384).exact_ns(4096)
+    limited = replace(order, max_cost_ns=of_memtable_ns + 300)
+    assert search.budgets(limited, 4096, [10, 20]) == pytest.approx([100, 200])
+    assert search.budgets(replace(order, max_cost_ns=1.0), 4096, [10, 20]) == [0, 0]
+    assert search.budgets(limited, 0, []) == []
 
 
 def test_an_empty_shard_answers_with_nothing(tmp_path):

@@ -117,6 +117,7 @@ def test_searches_of_different_plans_never_share_a_batch(tmp_path, threads_only)
             order(5.0, k=4),
             order(5.0, filter=colored("red")),
             order(5.0, recall_target=0.5),
+            order(5.0, max_cost_ns=1e6),
             order(5.0, exact=False),
             order(5.0, explain=True),
             order(5.0, explain=True),
