@@ -78,7 +78,8 @@ def test_bench_reports_writes_load_machine_and_processes(bench: dict[str, Any]) 
     assert {"python", "faiss-cpu", "ray", "grpcio", "shoal"} <= set(bench["versions"])
     assert bench["seeds"] and bench["links"]
     roles = {"client", "coordinator", "shard server", "everything else"}
-    assert set(bench["processor_ms_per_query"]) == roles
-    assert all(bench["processor_ms_per_query"][role] > 0 for role in roles)
+    (searches,) = bench["searches"]
+    assert set(searches["processor_ms_per_query"]) == roles
+    assert all(searches["processor_ms_per_query"][role] > 0 for role in roles)
     named = " ".join(each["process"] for each in bench["processes"])
     assert "Coordinator" in named and "ShardServer" in named
