@@ -2,7 +2,8 @@
 
 Requests reach the server one PUT at a time, so that its conditional puts are atomic whatever its
 threads do. What befalls a request is drawn from a seed; which request draws first is up to the
-threads, so a run is not reproducible to the byte.
+threads, so a run is not reproducible to the byte. How many requests a run makes is up to time, too:
+a misfortune that chance left out of as many PUTs as should have met it once befalls the next.
 """
 
 import enum
@@ -79,6 +80,7 @@ class FaultyProxy:
         self._lock = threading.Lock()
         self._putting = threading.Lock()
         self._burst_left = 0
+        self._puts = 0
         self._late: list[threading.Timer] = []
 
     def url(self, prefix: str) -> str:
@@ -98,6 +100,8 @@ class FaultyProxy:
         if self._burst_left > 0:
             self._burst_left -= 1
             return Misfortune.UNAVAILABLE
+        if method == "PUT" and (overdue := self._overdue()) is not None:
+            return overdue
         point = self._rng.random()
         for misfortune in {"PUT": _OF_PUT, "DELETE": _OF_DELETE}.get(method, _OF_READ):
             point -= getattr(self.plan, misfortune.value)
@@ -106,6 +110,17 @@ class FaultyProxy:
                     self._burst_left = self.plan.burst - 1
                 return misfortune
         return Misfortune.NONE
+
+    def _overdue(self) -> Misfortune | None:
+        """Counts a PUT, and returns what should have befallen one by now and did not."""
+        if self.plan == FORTUNE:
+            return None
+        self._puts += 1
+        for misfortune in _OF_PUT:
+            expected = self._puts * getattr(self.plan, misfortune.value)
+            if expected > 1 and not self.counts[misfortune.value]:
+                return misfortune
+        return None
 
     def carry_out(self, method: str, path: str, headers: dict[str, str], body: bytes) -> _Answer:
         """Sends a request on to the server."""

@@ -172,6 +172,15 @@ def judge(
             return f"{type(error).__name__}: {error}", simulation.history, proxy
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_every_misfortune_befalls_even_a_short_run(seed):
+    """Chance alone leaves one kind or another out of 40 puts with ten of these seeds."""
+    proxy = FaultyProxy("127.0.0.1", 0, seed)
+    assert {proxy.draw("PUT") for _ in range(40)} == {Misfortune.NONE}
+    proxy.plan = EVERYTHING
+    assert {proxy.draw("PUT") for _ in range(40)} == set(Misfortune)
+
+
 @pytest.mark.slow
 def test_no_promise_is_broken_over_a_misbehaving_object_store(tmp_path, moto):
     violation, history, proxy = judge(tmp_path, moto, 1, EVERYTHING)
