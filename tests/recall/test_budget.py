@@ -6,37 +6,22 @@ import numpy as np
 import pytest
 from pyroaring import BitMap
 
-from shoal_cluster.domain.schema import Metric
-from shoal_cluster.index import cost_model
-from shoal_cluster.index.cost_model import CostModel, FamilyChoice
-from shoal_cluster.index.families import CodeShape, Family
 from shoal_cluster.segment.reader import SegmentReader
 from shoal_cluster.segment.search import SearchPlan
-from tests.recall.test_debian_packages import Corpus, corpus, segment_of
+from tests.recall.test_debian_packages import Corpus, corpus
+from tests.recall.test_filters_by_family import ROWS, SHAPES, segment_of_shape
 
 __all__ = ["corpus"]
 
-ROWS, K, QUERIES = 8_000, 10, 80
+K, QUERIES = 10, 80
 BUDGETS_NS = (0.0, 15e3, 25e3, 50e3, 100e3, 200e3, 400e3, 800e3, 1e9)
-SHAPES = {
-    "fast_scan": CodeShape(values_a_code=4),
-    "inverted": CodeShape(values_a_code=4, lists=178),
-}
 
 
-@pytest.fixture(scope="module", params=SHAPES)
+@pytest.fixture(scope="module", params=["fast_scan", "inverted"])
 def reader(
     corpus: Corpus, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> SegmentReader:
-    shape = SHAPES[request.param]
-
-    def fixed(rows: int, model: CostModel, recall_target: float) -> FamilyChoice:
-        family = Family.FAST_SCAN if shape.lists == 1 else Family.INVERTED
-        return FamilyChoice(family=family, shape=shape, reason="for the test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cost_model, "choose_family", fixed)
-        return segment_of(corpus, ROWS, tmp_path_factory.mktemp("segment"), Metric.COSINE)
+    return segment_of_shape(corpus, SHAPES[request.param], tmp_path_factory.mktemp("segment"))
 
 
 @pytest.fixture(scope="module")

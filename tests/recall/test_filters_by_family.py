@@ -7,6 +7,7 @@ dear, so that even tight filters go through the index; the planner's own choice 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -68,11 +69,8 @@ class Asked:
         return float(np.mean(shares)), plans
 
 
-@pytest.fixture(scope="module", params=SHAPES)
-def asked(
-    corpus: Corpus, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Asked:
-    shape = SHAPES[request.param]
+def segment_of_shape(corpus: Corpus, shape: CodeShape, directory: Path) -> SegmentReader:
+    """Returns a segment of ROWS with these codes, whatever the cost model would choose."""
 
     def fixed(rows: int, model: CostModel, recall_target: float) -> FamilyChoice:
         family = Family.FAST_SCAN if shape.lists == 1 else Family.INVERTED
@@ -80,7 +78,15 @@ def asked(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost_model, "choose_family", fixed)
-        reader = segment_of(corpus, ROWS, tmp_path_factory.mktemp("segment"), Metric.COSINE)
+        return segment_of(corpus, ROWS, directory, Metric.COSINE)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def asked(
+    corpus: Corpus, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Asked:
+    shape = SHAPES[request.param]
+    reader = segment_of_shape(corpus, shape, tmp_path_factory.mktemp("segment"))
     queries = np.ascontiguousarray(corpus.queries[:: len(corpus.queries) // QUERIES][:QUERIES])
     similarity = queries @ corpus.rows.vectors.T
     return Asked(shape, reader, queries, similarity, np.argsort(-similarity, axis=1))
